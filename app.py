@@ -1,0 +1,958 @@
+"""email-processor: an HTTP front door for an SQS queue.
+
+A request travels through this file from top to bottom: settings, the list of errors, reading the
+body, parsing and validation, the token store, the publisher, the routes. The last part serves on a
+developer's machine, with an embedded AWS.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import hmac
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import boto3
+import prometheus_client
+import yaml
+from botocore import xform_name
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
+from flask import Flask, Response, g, request, send_from_directory
+from gunicorn.http.errors import ParseException
+from prometheus_client.multiprocess import MultiProcessCollector
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+
+SERVICE = "email-processor"
+VERSION = "1.0.0"
+PROJECT = Path(__file__).parent
+
+log = logging.getLogger("email_processor")
+
+
+# --- Settings -------------------------------------------------------------------------------------
+
+
+class SettingsError(ValueError):
+    """The environment is unusable. One line for each variable at fault."""
+
+
+def _setting(rule: str, check: Callable[[str], Any], default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"rule": rule, "check": check})
+
+
+def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+    def check(text: str) -> float:
+        if not (text.isascii() and low <= kind(text) <= high):
+            raise ValueError
+        return kind(text)
+
+    return check
+
+
+def _text(pattern: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError
+        return text
+
+    return check
+
+
+def _parameter_names(text: str) -> tuple[str, ...]:
+    names = [_text(r"[\w./:-]+")(name.strip()) for name in text.split(",")]
+    if len(names) > 10:  # as many as GetParameters takes in one call
+        raise ValueError
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The service's configuration; the environment variable of a field is its name in capitals."""
+
+    sqs_queue_url: str = _setting("the queue's URL", _text(r"https?://[^/\s]+/\S+"))
+    aws_region: str = _setting(
+        "a region such as us-west-1", _text(r"[a-z]{2}(-[a-z]+)+-[0-9]+"), "us-west-1"
+    )
+    token_ssm_parameter: tuple[str, ...] = _setting(
+        "1 to 10 parameter names, separated by commas",
+        _parameter_names,
+        ("/email-service/api-token",),
+    )
+    port: int = _setting("a port from 1 to 65535", _number(int, 1, 65535), 8080)
+    gunicorn_workers: int = _setting("a whole number from 1 to 64", _number(int, 1, 64), 4)
+    gunicorn_threads: int = _setting("a whole number from 1 to 256", _number(int, 1, 256), 2)
+    max_request_bytes: int = _setting(
+        "a number of bytes from 1 to 1073741824", _number(int, 1, 2**30), 2_097_152
+    )
+    body_timeout_seconds: float = _setting(
+        "a number of seconds from 1 to 60", _number(float, 1, 60), 5
+    )
+    token_cache_seconds: float = _setting(
+        "a number of seconds from 1 to 3600", _number(float, 1, 3600), 60
+    )
+    log_level: str = _setting(
+        "DEBUG, INFO, WARNING or ERROR", _text("DEBUG|INFO|WARNING|ERROR"), "INFO"
+    )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Read and check every variable; an empty one counts as unset.
+
+        Raises SettingsError naming all variables at fault, a line each.
+        """
+        values, problems = {}, []
+        for setting in fields(cls):
+            variable, rule = setting.name.upper(), setting.metadata["rule"]
+            text = environ.get(variable, "").strip()
+            try:
+                if text:
+                    values[setting.name] = setting.metadata["check"](text)
+                elif setting.default is MISSING:
+                    problems.append(f"{variable} is required: {rule}")
+            except ValueError:
+                problems.append(f"{variable} must be {rule}, not {text!r}")
+        if problems:
+            raise SettingsError("\n".join(problems))
+        return cls(**values)
+
+
+def logging_config(level: str) -> dict[str, Any]:
+    """The logging.config.dictConfig of the whole process: JSON lines on standard output."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "json": {
+                "()": "pythonjsonlogger.json.JsonFormatter",
+                "fmt": ["levelname", "name", "message"],
+                "rename_fields": {"levelname": "level", "name": "logger"},
+                "timestamp": "time",
+            }
+        },
+        "handlers": {
+            "stdout": {
+                "class": "logging.StreamHandler",
+                "formatter": "json",
+                "stream": "ext://sys.stdout",
+            }
+        },
+        # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
+        # bodies, and Gunicorn what it could not parse.
+        "root": {"level": "INFO", "handlers": ["stdout"]},
+        "loggers": {
+            "email_processor": {"level": level},
+            "gunicorn.error": {"level": "INFO"},
+            "gunicorn.access": {"level": "INFO"},
+        },
+    }
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+# Every answer that is not a success: code -> (status, message). README, openapi.yaml, the metric
+# label and the tests use the same list.
+ERRORS = {
+    "not_found": (404, "There is nothing at this path."),
+    "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
+    "request_too_large": (413, "The request is too large."),
+    "request_timeout": (408, "The request body did not arrive in time."),
+    "unsupported_media_type": (415, "The Content-Type must be application/json."),
+    "invalid_json": (400, "The request is not a JSON object in UTF-8."),
+    "token_required": (401, 'The request needs a "token".'),
+    "invalid_token": (401, "Invalid token."),
+    "token_store_unavailable": (503, "The token cannot be checked at present. Try again."),
+    "invalid_data": (400, '"data" must be an object with the four email fields.'),
+    "invalid_timestamp": (400, "email_timestream is not a valid Unix timestamp."),
+    "message_too_large": (413, "The message is larger than the queue takes."),
+    "queue_unavailable": (503, "The queue cannot take messages at present. Try again."),
+    "internal_error": (500, "Something went wrong here. The cause is in the service's log."),
+}
+RETRY_AFTER_SECONDS = 5
+
+REQUESTS = prometheus_client.Counter(
+    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
+)
+TOKEN_READS = prometheus_client.Counter(
+    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
+)
+
+
+class Refusal(Exception):
+    """A request is answered with an error of ERRORS."""
+
+    def __init__(
+        self, code: str, message: str | None = None, errors: list[dict[str, str]] | None = None
+    ) -> None:
+        super().__init__(code)
+        self.code = code
+        self.status, default = ERRORS[code]
+        self.message = message or default
+        self.errors = errors
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        body = {
+            "status": "error",
+            "error": self.code,
+            "message": self.message,
+            "request_id": request_id,
+        }
+        return {**body, "errors": self.errors} if self.errors else body
+
+
+def request_id_of(offered: str) -> str:
+    """The caller's request id when it is well-formed, otherwise a new one."""
+    return offered if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", offered) else uuid.uuid4().hex
+
+
+def record_answer(
+    method: str, path: str, client: str, status: int, request_id: str, **more: Any
+) -> None:
+    """Count one answer and write its log line; the only place that does either."""
+    REQUESTS.labels(more.get("error") or "success").inc()
+    quiet = path in ("/health", "/ready", "/metrics")
+    level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
+    if log.isEnabledFor(level):
+        line = {"request_id": request_id, "client": client, "method": method, "path": path}
+        log.log(level, "request", extra={**line, "status": status, **more})
+
+
+# --- Reading the body -----------------------------------------------------------------------------
+
+
+class BodyDeadline:
+    """Ends the reading of request bodies that take longer than `seconds` in all.
+
+    A socket timeout would start again with each byte that trickles in, and Gunicorn's `timeout`
+    does not watch threads. So one thread a worker looks through the bodies being read, ten times a
+    second, and shuts the reading side of the overdue sockets: the blocked read then sees the end.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._ends: dict[socket.socket, float] = {}
+        self._start_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self, sock: socket.socket) -> None:
+        if self._thread is None:  # not before the fork: a thread would stay behind in the master
+            with self._start_lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._watch, daemon=True)
+                    self._thread.start()
+        self._ends[sock] = self._clock() + self._seconds
+
+    def stop(self, sock: socket.socket) -> bool:
+        """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
+        return self._ends.pop(sock, None) is None
+
+    def end_overdue(self) -> None:
+        now = self._clock()
+        for sock, end in list(self._ends.items()):
+            if now >= end and self._ends.pop(sock, None) is not None:
+                with suppress(OSError):  # the client may have gone already
+                    sock.shutdown(socket.SHUT_RD)
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.1)
+            self.end_overdue()
+
+
+def read_body(limit: int, deadline: BodyDeadline) -> bytes:
+    """The body of the current request, of at most `limit` bytes.
+
+    What is too long is read to its end and dropped: many clients read no answer before they have
+    sent everything, and an early close would reset the connection under the answer.
+
+    Raises Refusal: request_too_large, request_timeout, or invalid_json for a body that breaks off.
+    """
+    g.body_read = True
+    stream, declared = request.environ["wsgi.input"], request.content_length
+    sock = request.environ.get("gunicorn.socket")
+    too_large, body, whole, late = (declared or 0) > limit, b"", True, False
+    if sock:
+        deadline.start(sock)
+    try:
+        if not too_large:
+            body = stream.read(limit + 1)
+            too_large = len(body) > limit
+        while too_large and stream.read(65536):
+            pass
+        whole = too_large or len(body) >= (declared or 0)
+    except (OSError, ParseException):  # reset, broken off, or malformed chunks
+        whole = False
+    finally:
+        late = deadline.stop(sock) if sock else False
+    if late or not whole:
+        # gunicorn.conf.py provides it: no further request can be read from this connection.
+        getattr(stream, "force_close", lambda: None)()
+    if too_large:
+        raise Refusal("request_too_large", f"The request body is larger than {limit} bytes.")
+    if whole:
+        return bytes(body)
+    if late:
+        raise Refusal("request_timeout")
+    raise Refusal("invalid_json", "The request body breaks off or is not well-formed HTTP.")
+
+
+# --- Parsing and validation -----------------------------------------------------------------------
+
+MAX_JSON_DEPTH = 100
+FIELDS = ("email_subject", "email_sender", "email_timestream", "email_content")
+TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01-01 UTC
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Numbers go on as text, so none is needed in full: 20 digits show that one is out of range, and
+# int() refuses to read more than 4,300.
+_decoder = json.JSONDecoder(
+    parse_int=lambda digits: int(digits[:20]), parse_constant=_refuse_constant
+)
+_to_value = re.compile(r"\s*:\s*").match
+
+
+def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
+    """The members of the request's JSON object, and the source text of its member "data".
+
+    Raises Refusal invalid_json.
+    """
+    try:
+        text = body.decode("utf-8")
+        members = _decoder.decode(text)
+        # Only a text with many brackets can be deep; most never pay for the walk.
+        if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _is_deep(members):
+            raise RecursionError
+    except RecursionError:
+        message = f"The JSON nests deeper than {MAX_JSON_DEPTH} levels."
+        raise Refusal("invalid_json", message) from None
+    except UnicodeDecodeError:
+        raise Refusal("invalid_json", "The request body is not UTF-8.") from None
+    except ValueError as error:
+        raise Refusal("invalid_json", f"The request body is not JSON: {error}.") from None
+    if not isinstance(members, dict):
+        raise Refusal("invalid_json", "The request body is not a JSON object.")
+    return members, _data_text(text)
+
+
+def _data_text(text: str) -> str:
+    """Where "data" stands in the text of a JSON object.
+
+    That goes into the queue: the parsed value, written out again, would have 1.1 for 1.10 and
+    Infinity for 1e400.
+    """
+    found, index = "", 0
+    while (index := text.find('"', index)) >= 0:
+        name, index = _decoder.raw_decode(text, index)
+        start = _to_value(text, index).end()  # type: ignore[union-attr]
+        _, index = _decoder.raw_decode(text, start)
+        if name == "data":  # the last one counts, as it does in the decoder
+            found = text[start:index]
+    return found
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def validate_data(data: Any) -> None:
+    """Check the four fields. Raises Refusal invalid_data or invalid_timestamp, naming each field."""
+    if not isinstance(data, dict):
+        raise Refusal("invalid_data", '"data" is missing or not an object.')
+    problems = {}
+    for field in FIELDS:
+        value = data.get(field)
+        if value is None:
+            problems[field] = f"{field} is missing"
+        elif isinstance(value, str):
+            if not value.strip():
+                problems[field] = f"{field} is empty"
+        elif field != "email_timestream":
+            problems[field] = f"{field} is not a string"
+    code = "invalid_data" if problems else "invalid_timestamp"
+    if "email_timestream" not in problems and (rule := timestamp_rule(data["email_timestream"])):
+        problems["email_timestream"] = f"email_timestream {rule}"
+    if problems:
+        errors = [{"field": field, "message": message} for field, message in problems.items()]
+        raise Refusal(code, "; ".join(problems.values()), errors)
+
+
+def timestamp_rule(value: Any) -> str | None:
+    """The rule that a Unix timestamp (a JSON integer, or a string of ASCII digits) breaks."""
+    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+        # int() refuses more than 4,300 digits; leading zeros do not count.
+        value = int(value.lstrip("0")[:20] or "0")
+    if type(value) is not int:  # bool is an int too
+        return "is not a Unix timestamp: give whole seconds, as an integer or a string of digits"
+    if value not in TIMESTAMP_RANGE:
+        return (
+            "is outside the timestamps accepted: "
+            f"{TIMESTAMP_RANGE[0]} (2000-01-01) to {TIMESTAMP_RANGE[-1]} (2100-01-01)"
+        )
+    return None
+
+
+# --- AWS clients ----------------------------------------------------------------------------------
+
+# A garbled answer raises ResponseParserError, which is no BotoCoreError.
+AWS_ERRORS = (BotoCoreError, ClientError, ResponseParserError)
+
+
+def aws_client(service: str, settings: Settings) -> Any:
+    """A boto3 client. It opens no connection until its first call, so a fork may follow.
+
+    A call ends within 2 x (1 s to connect or 2 s to read) + 1 s of back-off: two calls, of a token
+    and a queue that both hang, end within 10 s.
+    """
+    return boto3.client(
+        service,
+        region_name=settings.aws_region,
+        config=Config(
+            connect_timeout=1,
+            read_timeout=2,
+            retries={"mode": "standard", "total_max_attempts": 2},
+            max_pool_connections=max(10, settings.gunicorn_threads),
+            tcp_keepalive=True,
+            user_agent=f"{SERVICE}/{VERSION}",  # botocore builds its own twice a call, at a cost
+        ),
+    )
+
+
+def cause_of(error: Exception) -> str:
+    """AWS's error code, or the type of a failure on the way there."""
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", "Unknown"))
+    return type(error).__name__
+
+
+# --- Token store ----------------------------------------------------------------------------------
+
+
+class TokenStore:
+    """The tokens that SSM Parameter Store holds, cached.
+
+    SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
+    read happens when the cache is `cache_seconds` old, and when a token does not match (it may be
+    new), but never more than one at a time, nor within READ_INTERVAL seconds of the last. While SSM
+    fails, the last known tokens count; a parameter that SSM no longer has is an answer, not a
+    failure, and its token stops working.
+    """
+
+    READ_INTERVAL = 5.0
+
+    def __init__(
+        self,
+        ssm: Any,
+        names: tuple[str, ...],
+        cache_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._ssm = ssm
+        self._names = names
+        self._cache_seconds = cache_seconds
+        self._interval = min(self.READ_INTERVAL, cache_seconds)
+        self._clock = clock
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._tokens: tuple[bytes, ...] = ()
+        self._attempted_at = self._due_at = self._stale_at = -float("inf")
+        self._reads = 0  # successful ones, to tell whether another thread has just read
+        self.ready = False  # a token was read at least once
+        self.problem: str | None = None  # why the last read failed
+
+    def accepts(self, token: str) -> bool:
+        """Whether SSM holds the token. Raises Refusal token_store_unavailable."""
+        self.refresh_if_old()
+        reads = self._reads
+        if self.ready and self._matches(token):
+            return True
+        self._refresh(reads, wait=self.problem is None)
+        if not self.ready:
+            raise Refusal("token_store_unavailable")
+        return self._matches(token)
+
+    def refresh_if_old(self) -> None:
+        now = self._clock()
+        if now >= self._due_at:
+            # One thread reads a little early while the others go on. Only when the cache is really
+            # too old, and SSM is not known to be failing, do all of them wait for the answer.
+            self._refresh(self._reads, wait=now >= self._stale_at and self.problem is None)
+
+    def _matches(self, token: str) -> bool:
+        given = token.encode("utf-8", "surrogatepass")
+        # A list, not a generator: all are compared, so the time does not tell which one matched.
+        return any([hmac.compare_digest(given, known) for known in self._tokens])
+
+    def _refresh(self, reads: int, wait: bool) -> None:
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
+            now = self._clock()
+            if self._reads != reads or now - self._attempted_at < self._interval:
+                return
+            self._attempted_at = now
+            self._read()
+            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
+            self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
+            self._stale_at = now + self._cache_seconds
+            self._reads += 1
+            self.problem = None
+            TOKEN_READS.labels("success").inc()
+        except AWS_ERRORS as error:
+            self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
+            TOKEN_READS.labels("failure").inc()
+            log.warning("token not read, last known one kept", extra={"cause": str(error)})
+        finally:
+            self._lock.release()
+
+    def _read(self) -> None:
+        answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
+        self._tokens = tuple(found["Value"].encode() for found in answer.get("Parameters", ()))
+        self.ready = self.ready or bool(self._tokens)
+        if missing := answer.get("InvalidParameters"):
+            log.warning("token parameter missing in SSM", extra={"parameters": missing})
+
+
+# --- Publisher ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Message:
+    """What goes into the queue for one request."""
+
+    body: str  # JSON in ASCII
+    request_id: str
+    idempotency_key: str = ""
+    trace_header: str = ""
+
+    def attributes(self) -> dict[str, dict[str, str]]:
+        values = {
+            "ContentType": "application/json",
+            "ProcessedAt": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "RequestId": self.request_id,
+        }
+        if self.idempotency_key:
+            values["IdempotencyKey"] = self.idempotency_key
+        return {
+            name: {"DataType": "String", "StringValue": value} for name, value in values.items()
+        }
+
+    def deduplication_id(self) -> str:
+        """SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed."""
+        key = self.idempotency_key or self.request_id
+        if re.fullmatch(r"[!-~]{1,128}", key):
+            return key
+        return hashlib.sha256(key.encode()).hexdigest()
+
+
+def ascii_json(text: str) -> str:
+    """The same JSON with every other character escaped: SQS refuses some, and UTF-8 lone surrogates.
+
+    Outside of strings JSON is ASCII, so what is found can only be in one.
+    """
+    if text.isascii():
+        return text
+    return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def trace_header_of(offered: str) -> str:
+    """The ALB's X-Amzn-Trace-Id if it is one; SQS would refuse the message for anything else."""
+    shape = r"(\w+=[\w:.-]+;)*Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;\w+=[\w:.-]*)*;?"
+    return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
+
+
+class Publisher:
+    """Puts messages into the queue."""
+
+    def __init__(self, sqs: Any, queue_url: str) -> None:
+        self._sqs = sqs
+        self._queue_url = queue_url
+        self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
+        self.problem: str | None = "the queue was not asked for yet"
+
+    def check_queue(self) -> None:
+        """See the queue once and learn its size limit. Raises Refusal queue_unavailable."""
+        if self._max_bytes:
+            return
+        answer = self._call("GetQueueAttributes", AttributeNames=["MaximumMessageSize"])
+        try:
+            self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
+            self.problem = None
+        except (KeyError, TypeError, ValueError):
+            self._fail("GetQueueAttributes", "an answer without MaximumMessageSize")
+
+    def publish(self, message: Message) -> str:
+        """Send the message and return its SQS MessageId, once SQS has it.
+
+        Raises Refusal: message_too_large by the queue's own limit (bytes of the body and of the
+        attributes' names, types and values; a system attribute does not count), or
+        queue_unavailable.
+        """
+        self.check_queue()
+        attributes = message.attributes()
+        size = len(message.body) + sum(
+            len(part.encode())
+            for name, value in attributes.items()
+            for part in (name, *value.values())
+        )
+        if size > self._max_bytes:
+            raise Refusal(
+                "message_too_large",
+                f"The message has {size} bytes, the queue takes {self._max_bytes}.",
+            )
+        entry: dict[str, Any] = {"MessageBody": message.body, "MessageAttributes": attributes}
+        if message.trace_header:
+            value = {"DataType": "String", "StringValue": message.trace_header}
+            entry["MessageSystemAttributes"] = {"AWSTraceHeader": value}
+        if self._queue_url.endswith(".fifo"):
+            entry["MessageGroupId"] = SERVICE
+            entry["MessageDeduplicationId"] = message.deduplication_id()
+        answer = self._call("SendMessage", **entry)
+        if not answer.get("MessageId"):
+            self._fail("SendMessage", "an answer without MessageId")
+        return str(answer["MessageId"])
+
+    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        call = getattr(self._sqs, xform_name(operation))
+        try:
+            answer = call(QueueUrl=self._queue_url, **arguments)
+        except AWS_ERRORS as error:
+            # The queue's limit may have been lowered since it was read.
+            if isinstance(error, ClientError) and "must be shorter than" in str(error):
+                raise Refusal("message_too_large") from error
+            self._fail(operation, cause_of(error), str(error))
+        return dict(answer)
+
+    def _fail(self, operation: str, cause: str, detail: str = "") -> NoReturn:
+        if not self._max_bytes:
+            self.problem = f"sqs:{operation} failed: {cause}"
+        log.error("queue call failed", extra={"call": operation, "cause": detail or cause})
+        raise Refusal("queue_unavailable")
+
+
+# --- Routes ---------------------------------------------------------------------------------------
+
+_DOCS_SCRIPT = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs", deepLinking: true});'
+_DOCS_PAGE = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{SERVICE}</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+</head>
+<body>
+<div id="docs"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script>{_DOCS_SCRIPT}</script>
+</body>
+</html>
+"""
+_DOCS_SCRIPT_HASH = b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
+_DOCS_POLICY = (
+    f"default-src 'none'; script-src 'self' 'sha256-{_DOCS_SCRIPT_HASH}'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(body), status, mimetype="application/json")
+
+
+@functools.cache
+def openapi_document() -> str:
+    return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
+
+
+def metrics_text() -> bytes:
+    """All workers of the pod together where there are several, else this process."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return prometheus_client.generate_latest()
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return prometheus_client.generate_latest(registry)
+
+
+def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = None) -> Flask:
+    """The WSGI application.
+
+    Without settings they are read from the environment (SettingsError); without clients, boto3's
+    are made. No call to AWS is made and no thread started before the first request.
+    """
+    settings = settings or Settings.from_environ(os.environ)
+    tokens = TokenStore(
+        ssm or aws_client("ssm", settings),
+        settings.token_ssm_parameter,
+        settings.token_cache_seconds,
+    )
+    publisher = Publisher(sqs or aws_client("sqs", settings), settings.sqs_queue_url)
+    body_deadline = BodyDeadline(settings.body_timeout_seconds)
+
+    app = Flask(__name__, static_folder=None)
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
+    app.url_map.merge_slashes = False  # //process is unknown; it is not redirected with HTML
+
+    @app.post("/process")
+    def process() -> Response:
+        body = read_body(settings.max_request_bytes, body_deadline)
+        if not request.is_json:
+            raise Refusal("unsupported_media_type")
+        members, data_text = parse_request(body)
+        token = members.get("token")
+        if token is None or token == "":
+            raise Refusal("token_required")
+        if not isinstance(token, str) or not tokens.accepts(token):
+            raise Refusal("invalid_token")
+        validate_data(members.get("data"))
+        g.message_id = publisher.publish(
+            Message(
+                body=ascii_json(data_text),
+                request_id=g.request_id,
+                idempotency_key=request.headers.get("Idempotency-Key", "").strip(),
+                trace_header=trace_header_of(request.headers.get("X-Amzn-Trace-Id", "")),
+            )
+        )
+        return json_response(
+            {
+                "status": "success",
+                "message": "Email data processed and queued",
+                "message_id": g.message_id,
+            }
+        )
+
+    @app.get("/health")
+    def health() -> Response:
+        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+        return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
+
+    @app.get("/ready")
+    def ready() -> Response:
+        if not tokens.ready:
+            tokens.refresh_if_old()
+        with suppress(Refusal):
+            publisher.check_queue()
+        missing = {}
+        if not tokens.ready:
+            reason = tokens.problem or "SSM has no parameter of the configured name"
+            missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
+        if publisher.problem:
+            missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.problem}"
+        if missing:
+            raise Refusal(next(iter(missing)), "; ".join(missing.values()))
+        return json_response({"status": "ready", "service": SERVICE})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    @app.get("/")
+    def index() -> Response:
+        endpoints = sorted(
+            f"{method} {rule.rule}"
+            for rule in app.url_map.iter_rules()
+            for method in (rule.methods or set()) - {"HEAD"}
+        )
+        return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
+
+    @app.get("/openapi.json")
+    def openapi() -> Response:
+        return Response(openapi_document(), mimetype="application/json")
+
+    @app.get("/docs")
+    def docs() -> Response:
+        return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
+
+    @app.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")
+    def docs_asset(asset: str) -> Response:
+        return send_from_directory(str(files("flask_swagger_ui") / "dist"), asset, max_age=3600)
+
+    @app.errorhandler(Exception)
+    def refused(error: Exception) -> Response:
+        headers = {}
+        if isinstance(error, Refusal):
+            refusal = error
+        elif isinstance(error, NotFound):
+            refusal = Refusal("not_found")
+        elif isinstance(error, MethodNotAllowed):
+            refusal = Refusal("method_not_allowed")
+            headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        elif isinstance(error, HTTPException) and (error.code or 500) < 500:
+            refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
+        else:
+            refusal = Refusal("internal_error")
+            log.error("unforeseen error", exc_info=error, extra={"request_id": g.request_id})
+        if refusal.status == 503:
+            headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        g.error = refusal.code
+        response = json_response(refusal.body(g.request_id), refusal.status)
+        response.headers.update(headers)
+        return response
+
+    @app.before_request
+    def begin() -> None:
+        g.started = time.perf_counter()
+        g.request_id = request_id_of(request.headers.get("X-Request-Id", ""))
+
+    @app.after_request
+    def finish(response: Response) -> Response:
+        if "body_read" not in g and (
+            request.content_length or "Transfer-Encoding" in request.headers
+        ):
+            # Unread bytes would be taken for the next request on this connection.
+            with suppress(Refusal):
+                read_body(0, body_deadline)
+        response.headers["X-Request-Id"] = g.request_id
+        forwarded = request.headers.get("X-Forwarded-For", "")
+        record_answer(
+            request.method,
+            request.path,
+            # The ALB appends the address that it saw; what is left of it is the caller's word.
+            forwarded.rpartition(",")[2].strip() or request.remote_addr or "",
+            response.status_code,
+            g.request_id,
+            trace_id=request.headers.get("X-Amzn-Trace-Id"),
+            error=g.get("error"),
+            duration_ms=round((time.perf_counter() - g.started) * 1000, 2),
+            message_id=g.get("message_id"),
+        )
+        return response
+
+    return app
+
+
+# --- Local server ---------------------------------------------------------------------------------
+
+EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # of the API's documentation; opens nothing but this emulator
+
+
+def start_embedded_aws(settings: Settings) -> dict[str, str]:
+    """Start moto's server in a thread, with the queue and the example token.
+
+    Returns the environment variables that point a child process at it.
+    """
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    aws = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_REGION": settings.aws_region,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "NO_PROXY": host,
+    }
+    # Nothing of a developer's own AWS configuration may lead past the emulator.
+    for variable in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[variable]
+    os.environ.update(aws)
+    aws_client("ssm", settings).put_parameter(
+        Name=settings.token_ssm_parameter[0], Value=EXAMPLE_TOKEN, Type="SecureString"
+    )
+    queue = aws_client("sqs", settings).create_queue(QueueName="dev-CP-queue")
+    return {**aws, "SQS_QUEUE_URL": queue["QueueUrl"]}
+
+
+def explain_embedded_aws(settings: Settings) -> str:
+    url = f"http://localhost:{settings.port}"
+    return f"""
+{SERVICE} listens on {url} (API: {url}/docs), with an embedded AWS. Send a message:
+
+  curl {url}/process -H 'Content-Type: application/json' -d '{{"data": {{
+    "email_subject": "Happy new year!", "email_sender": "John doe",
+    "email_timestream": "1693561101", "email_content": "Just want to say... Happy new year!!!"}},
+    "token": "{EXAMPLE_TOKEN}"}}'
+
+See it in the queue:
+
+  curl {os.environ["AWS_ENDPOINT_URL"]} --aws-sigv4 aws:amz:{settings.aws_region}:sqs -u test:test \\
+    -H 'Content-Type: application/x-amz-json-1.0' -H 'X-Amz-Target: AmazonSQS.ReceiveMessage' \\
+    -d '{{"QueueUrl": "{settings.sqs_queue_url}", "MaxNumberOfMessages": 10, "VisibilityTimeout": 0}}'
+
+Stop it with Ctrl-C.
+"""
+
+
+def main() -> None:
+    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset."""
+    embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
+    try:
+        settings = Settings.from_environ(
+            {**os.environ, "SQS_QUEUE_URL": "http://embedded/queue"} if embedded else os.environ
+        )
+    except SettingsError as error:
+        sys.exit(str(error))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", settings.port))
+        except OSError as error:
+            sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
+    if not embedded:
+        os.chdir(PROJECT)
+        os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])
+    try:
+        os.environ.update(start_embedded_aws(settings))
+    except ImportError:
+        sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
+    settings = Settings.from_environ(os.environ)
+
+    def stop(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for stop_signal in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop_signal, stop)
+    server = subprocess.Popen([sys.executable, "-m", "gunicorn"], cwd=PROJECT)
+    try:
+        while server.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)):
+                print(explain_embedded_aws(settings), flush=True)
+                break
+            time.sleep(0.1)
+        server.wait()
+    except KeyboardInterrupt:
+        server.terminate()
+        server.wait()
+    sys.exit(server.returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How Gunicorn serves the application: plain `gunicorn` in this folder reads this file."""
+
+import atexit
+import json
+import os
+import shutil
+import sys
+import tempfile
+import types
+
+from gunicorn.http.errors import (
+    InvalidResponseHeader,
+    InvalidResponseHeaderName,
+    LimitRequestHeaders,
+    LimitRequestLine,
+    ParseException,
+)
+
+# prometheus_client looks at the variable when it is imported, so it must be set before app is.
+if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    _master, _metrics = os.getpid(), tempfile.mkdtemp(prefix="email-processor-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
+    # Workers run exit handlers too.
+    atexit.register(lambda: os.getpid() == _master and shutil.rmtree(_metrics, ignore_errors=True))
+
+from prometheus_client.multiprocess import mark_process_dead
+
+import app
+
+try:
+    settings = app.Settings.from_environ(os.environ)
+except app.SettingsError as error:
+    sys.exit(str(error))
+
+wsgi_app = "app:create_app()"
+bind = f"0.0.0.0:{settings.port}"
+worker_class = "gthread"
+workers = settings.gunicorn_workers
+threads = settings.gunicorn_threads
+# Loaded once, before the fork: workers share its memory, and a bad release fails at the start.
+preload_app = True
+# Longer than the ALB's idle limit of 60 s. Were it shorter, the ALB would now and then send a
+# request into a connection that is just being closed, and answer 502.
+keepalive = 75
+# Kubernetes' grace period counts from the preStop sleep on and must exceed both together.
+graceful_timeout = 25
+# Recycling workers would reset connections in gthread.
+max_requests = 0
+# The root file system is read-only, and a heartbeat on a disk can block a worker.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+control_socket_disable = True
+# app.py writes a JSON line for each request.
+accesslog = None
+logconfig_dict = app.logging_config(settings.log_level)
+# By default a SCRIPT_NAME header from loopback may rewrite the path.
+forwarder_headers = ""
+
+
+def pre_request(worker, req):
+    """Give the application the means to close the connection after its answer."""
+    req.body.force_close = req.force_close
+
+
+def post_worker_init(worker):
+    worker.handle_error = types.MethodType(refuse_unreadable_request, worker)
+
+
+def child_exit(server, worker):
+    mark_process_dead(worker.pid)
+
+
+def refuse_unreadable_request(worker, req, client, addr, exc):
+    """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
+
+    Of the exception only its type is logged: the text may quote a token, from a body that a wrong
+    Content-Length made look like the next request.
+    """
+    ours = isinstance(exc, (InvalidResponseHeader, InvalidResponseHeaderName))
+    if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
+        refusal = app.Refusal(
+            "request_too_large",
+            f"The request line may have {worker.cfg.limit_request_line} bytes, a header line "
+            f"{worker.cfg.limit_request_field_size}, and {worker.cfg.limit_request_fields} headers "
+            "are allowed.",
+        )
+    elif isinstance(exc, ParseException) and not ours:
+        refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
+    else:
+        refusal = app.Refusal("internal_error")
+        app.log.error("unforeseen error", exc_info=exc)
+    request_id = app.request_id_of("")
+    body = json.dumps(refusal.body(request_id)).encode()
+    head = (
+        f"HTTP/1.1 {refusal.status} {type(exc).__name__}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        f"X-Request-Id: {request_id}\r\n\r\n"
+    )
+    try:
+        client.sendall(head.encode() + body)
+    except OSError:
+        pass  # the client has gone
+    app.record_answer(
+        getattr(req, "method", ""),
+        getattr(req, "path", ""),
+        addr[0] if addr else "",
+        refusal.status,
+        request_id,
+        error=refusal.code,
+        cause=type(exc).__name__,
+    )
