@@ -63,7 +63,8 @@ def _setting(rule: str, check: Callable[[str], Any], default: Any = MISSING) -> 
 
 def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
     def check(text: str) -> float:
-        if not (text.isascii() and low <= kind(text) <= high):
+        # int() and float() alone would take 8_080, +80 and nan.
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
 
@@ -80,10 +81,11 @@ def _text(pattern: str) -> Callable[[str], str]:
 
 
 def _parameter_names(text: str) -> tuple[str, ...]:
-    names = [_text(r"[\w./:-]+")(name.strip()) for name in text.split(",")]
+    check = _text(r"[\w./:-]+")
+    names = tuple(dict.fromkeys(check(name.strip()) for name in text.split(",")))
     if len(names) > 10:  # as many as GetParameters takes in one call
         raise ValueError
-    return tuple(names)
+    return names
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ TOKEN_READS = prometheus_client.Counter(
 )
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
     """A request is answered with an error of ERRORS."""
 
     def __init__(
@@ -234,7 +236,8 @@ def record_answer(
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
         line = {"request_id": request_id, "client": client, "method": method, "path": path}
-        log.log(level, "request", extra={**line, "status": status, **more})
+        line |= {name: value for name, value in more.items() if value is not None}
+        log.log(level, "request", extra={**line, "status": status})
 
 
 # --- Reading the body -----------------------------------------------------------------------------
@@ -390,24 +393,24 @@ def _is_deep(value: Any) -> bool:
 
 
 def validate_data(data: Any) -> None:
-    """Check the four fields. Raises Refusal invalid_data or invalid_timestamp, naming each field."""
+    """Check the four fields. Raises Refusal invalid_data or invalid_timestamp."""
     if not isinstance(data, dict):
         raise Refusal("invalid_data", '"data" is missing or not an object.')
     problems = {}
-    for field in FIELDS:
-        value = data.get(field)
+    for name in FIELDS:
+        value = data.get(name)
         if value is None:
-            problems[field] = f"{field} is missing"
+            problems[name] = f"{name} is missing"
         elif isinstance(value, str):
             if not value.strip():
-                problems[field] = f"{field} is empty"
-        elif field != "email_timestream":
-            problems[field] = f"{field} is not a string"
+                problems[name] = f"{name} is empty"
+        elif name != "email_timestream":
+            problems[name] = f"{name} is not a string"
     code = "invalid_data" if problems else "invalid_timestamp"
     if "email_timestream" not in problems and (rule := timestamp_rule(data["email_timestream"])):
         problems["email_timestream"] = f"email_timestream {rule}"
     if problems:
-        errors = [{"field": field, "message": message} for field, message in problems.items()]
+        errors = [{"field": name, "message": message} for name, message in problems.items()]
         raise Refusal(code, "; ".join(problems.values()), errors)
 
 
@@ -515,8 +518,8 @@ class TokenStore:
 
     def _matches(self, token: str) -> bool:
         given = token.encode("utf-8", "surrogatepass")
-        # A list, not a generator: all are compared, so the time does not tell which one matched.
-        return any([hmac.compare_digest(given, known) for known in self._tokens])
+        matches = [hmac.compare_digest(given, known) for known in self._tokens]
+        return any(matches)  # after comparing with all: the time does not tell which one matched
 
     def _refresh(self, reads: int, wait: bool) -> None:
         if not self._lock.acquire(blocking=wait):
@@ -527,24 +530,28 @@ class TokenStore:
                 return
             self._attempted_at = now
             self._read()
-            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
-            self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
-            self._stale_at = now + self._cache_seconds
+            if self.ready:
+                # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
+                self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
+                self._stale_at = now + self._cache_seconds
             self._reads += 1
             self.problem = None
             TOKEN_READS.labels("success").inc()
         except AWS_ERRORS as error:
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS.labels("failure").inc()
-            log.warning("token not read, last known one kept", extra={"cause": str(error)})
+            log.warning("token not read; the last known one counts", extra={"cause": str(error)})
         finally:
             self._lock.release()
 
     def _read(self) -> None:
         answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
-        self._tokens = tuple(found["Value"].encode() for found in answer.get("Parameters", ()))
+        found, missing = answer.get("Parameters", []), answer.get("InvalidParameters", [])
+        if len(found) + len(missing) != len(self._names):
+            raise ResponseParserError("SSM's answer does not speak of every parameter")
+        self._tokens = tuple(parameter["Value"].encode() for parameter in found)
         self.ready = self.ready or bool(self._tokens)
-        if missing := answer.get("InvalidParameters"):
+        if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
 
 
@@ -581,7 +588,7 @@ class Message:
 
 
 def ascii_json(text: str) -> str:
-    """The same JSON with every other character escaped: SQS refuses some, and UTF-8 lone surrogates.
+    """The same JSON with every other character escaped: SQS refuses some of them.
 
     Outside of strings JSON is ASCII, so what is found can only be in one.
     """
@@ -787,6 +794,7 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
         endpoints = sorted(
             f"{method} {rule.rule}"
             for rule in app.url_map.iter_rules()
+            if not rule.arguments
             for method in (rule.methods or set()) - {"HEAD"}
         )
         return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
@@ -859,7 +867,7 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
 
 # --- Local server ---------------------------------------------------------------------------------
 
-EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # of the API's documentation; opens nothing but this emulator
+EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # noqa: S105 - the documentation's; opens only the emulator
 
 
 def start_embedded_aws(settings: Settings) -> dict[str, str]:
@@ -903,9 +911,10 @@ def explain_embedded_aws(settings: Settings) -> str:
 
 See it in the queue:
 
-  curl {os.environ["AWS_ENDPOINT_URL"]} --aws-sigv4 aws:amz:{settings.aws_region}:sqs -u test:test \\
+  curl {os.environ["AWS_ENDPOINT_URL"]} \\
+    --aws-sigv4 aws:amz:{settings.aws_region}:sqs -u test:test \\
     -H 'Content-Type: application/x-amz-json-1.0' -H 'X-Amz-Target: AmazonSQS.ReceiveMessage' \\
-    -d '{{"QueueUrl": "{settings.sqs_queue_url}", "MaxNumberOfMessages": 10, "VisibilityTimeout": 0}}'
+    -d '{{"QueueUrl": "{settings.sqs_queue_url}", "VisibilityTimeout": 0}}'
 
 Stop it with Ctrl-C.
 """
@@ -928,7 +937,7 @@ def main() -> None:
             sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
     if not embedded:
         os.chdir(PROJECT)
-        os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])
+        os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
     try:
         os.environ.update(start_embedded_aws(settings))
     except ImportError:

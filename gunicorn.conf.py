@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import types
+from contextlib import suppress
 
 from gunicorn.http.errors import (
     InvalidResponseHeader,
@@ -47,7 +48,7 @@ graceful_timeout = 25
 # Recycling workers would reset connections in gthread.
 max_requests = 0
 # The root file system is read-only, and a heartbeat on a disk can block a worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 control_socket_disable = True
 # app.py writes a JSON line for each request.
 accesslog = None
@@ -95,10 +96,8 @@ def refuse_unreadable_request(worker, req, client, addr, exc):
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         f"X-Request-Id: {request_id}\r\n\r\n"
     )
-    try:
+    with suppress(OSError):  # the client may have gone
         client.sendall(head.encode() + body)
-    except OSError:
-        pass  # the client has gone
     app.record_answer(
         getattr(req, "method", ""),
         getattr(req, "path", ""),

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Check a live service: /health, and eight requests to /process. See --help.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+Usage: ./test.sh [URL]
+
+Checks the service at URL (default http://localhost:8080): /health, and eight requests to /process.
+One of these is valid, so it puts a message into the queue.
+
+The token comes from API_TOKEN, else from SSM through the AWS CLI. The service that
+./setup-local.sh run starts takes the example token:
+
+  API_TOKEN='$DJISA<$#45ex3RtYr' ./test.sh
+
+Environment:
+  API_TOKEN            the token
+  TOKEN_SSM_PARAMETER  else the parameter that holds it; of several, separated by commas, the first
+                       (default /email-service/api-token)
+  AWS_REGION           the parameter's region (default us-west-1)
+
+Exit status: 0 when all checks have passed, 1 when one has not, 2 for a wrong argument.
+HELP
+}
+
+die() {
+  echo "test.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+# Sets token. It stays in this shell and in pipes: arguments and exported variables of processes
+# can be seen by others.
+find_token() {
+  local name region
+  token=${API_TOKEN:-}
+  unset API_TOKEN
+  [ -z "$token" ] || return 0
+  name=${TOKEN_SSM_PARAMETER:-/email-service/api-token}
+  name=${name%%,*}
+  name=${name//[[:space:]]/}
+  region=${AWS_REGION:-us-west-1}
+  command -v aws >/dev/null ||
+    die "No token: set API_TOKEN (for a local service see --help), or install the AWS CLI, which reads it from SSM."
+  local command=(aws ssm get-parameter --with-decryption --name "$name" --region "$region"
+    --query Parameter.Value --output text)
+  export AWS_PAGER=""
+  # The complaint is asked for separately: warnings would spoil a token.
+  token=$("${command[@]}" 2>/dev/null) && [ -n "$token" ] || {
+    local complaint
+    complaint=$("${command[@]}" 2>&1 >/dev/null) || true
+    die "No token: the AWS CLI does not get $name in $region (${complaint##*$'\n'}). Check its credentials, TOKEN_SSM_PARAMETER and AWS_REGION, or set API_TOKEN."
+  }
+}
+
+# The text as a JSON string, byte by byte: what is not ASCII stays as it is.
+json_string() {
+  local LC_ALL=C text=$1 out="" char i
+  for ((i = 0; i < ${#text}; i++)); do
+    char=${text:i:1}
+    case $char in
+      [\"\\]) out+=\\$char ;;
+      [[:cntrl:]]) out+=$(printf '\\u%04x' "'$char") ;;
+      *) out+=$char ;;
+    esac
+  done
+  printf '"%s"' "$out"
+}
+
+# Runs curl, and sets came to the status and what tells the answers apart, or to "" and complaint to
+# curl's when there is no answer. The answer itself is never shown: it might repeat the token.
+send() {
+  local answer complete=yes error='"error": *"([a-z_]+)"'
+  # -q: a .curlrc might change what is sent and printed.
+  answer=$(curl -q --silent --show-error --globoff --max-time 30 \
+    --write-out '\n%{http_code}' "$@" 2>&1) || complete=no
+  if [ "$complete" = no ]; then
+    came=""
+    complaint=${answer##*curl: }
+    complaint=${complaint%%$'\n'*}
+    return
+  fi
+  came=${answer##*$'\n'}
+  if [[ $answer =~ $error ]]; then
+    came+=" ${BASH_REMATCH[1]}"
+  elif [[ $answer =~ \"status\":\ *\"success\" && $answer =~ \"message_id\":\ *\"[^\"]+\" ]]; then
+    came+=" message_id"
+  elif [[ $answer =~ \"status\":\ *\"healthy\" ]]; then
+    came+=" healthy"
+  fi
+}
+
+# Compares what came with what is expected, for the check of this name.
+check() {
+  number=$((number + 1))
+  if [ "$came" = "$2" ]; then
+    echo "ok    $number/9 $1: $came"
+  else
+    failed=$((failed + 1))
+    echo "FAIL  $number/9 $1: expected $2, came ${came:-"no answer: $complaint"}"
+  fi
+}
+
+# Posts a body, for the check of this name.
+post() {
+  send --header 'Content-Type: application/json' --data-binary @- "$url/process" < <(printf '%s' "$3")
+  check "$1" "$2"
+}
+
+case ${1:-} in
+  -h | --help)
+    usage
+    exit
+    ;;
+esac
+[ $# -le 1 ] || die "Too many arguments; see --help." 2
+url=${1:-http://localhost:8080}
+[[ $url =~ ^https?://[^/[:space:]]+[^[:space:]]*$ ]] ||
+  die "'$url' is not a URL such as http://localhost:8080; see --help." 2
+url=${url%/}
+command -v curl >/dev/null || die "curl is missing. Install it (apt install curl, or brew install curl)."
+# A proxy cannot know what localhost is here.
+no_proxy=${no_proxy:-${NO_PROXY:-}},localhost,127.0.0.1,::1
+export no_proxy
+
+token="" came="" complaint="" number=0 failed=0 hint=""
+find_token
+
+send "$url/health"
+[ -n "$came" ] ||
+  die "No answer from $url: $complaint. Start the service with ./setup-local.sh run, or give its URL."
+check "health" "200 healthy"
+
+good='"email_subject": "Happy new year!", "email_sender": "John doe"'
+time='"email_timestream": "1693561101"'
+content='"email_content": "Just want to say... Happy new year!!!"'
+auth="\"token\": $(json_string "$token")"
+
+post "valid message" "200 message_id" "{\"data\": {$good, $time, $content}, $auth}"
+[ "$came" != "401 invalid_token" ] || hint=" The service does not know this token: check API_TOKEN and TOKEN_SSM_PARAMETER."
+post "missing token" "401 token_required" "{\"data\": {$good, $time, $content}}"
+post "invalid token" "401 invalid_token" \
+  "{\"data\": {$good, $time, $content}, \"token\": \"not a token of this service\"}"
+post "missing field" "400 invalid_data" "{\"data\": {$good, $time}, $auth}"
+post "empty field" "400 invalid_data" "{\"data\": {$good, $time, \"email_content\": \"\"}, $auth}"
+post "malformed timestamp" "400 invalid_timestamp" \
+  "{\"data\": {$good, \"email_timestream\": \"yesterday\", $content}, $auth}"
+post "timestamp out of range" "400 invalid_timestamp" \
+  "{\"data\": {$good, \"email_timestream\": \"4102444801\", $content}, $auth}"
+post "invalid JSON" "400 invalid_json" "{\"data\": {$good, $time, $content}, $auth"
+
+if [ "$failed" -gt 0 ]; then
+  echo "test.sh: $failed of 9 checks failed at $url.$hint" >&2
+  exit 1
+fi
+echo "All 9 checks passed at $url."

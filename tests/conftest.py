@@ -1,0 +1,318 @@
+"""A real Gunicorn process, an emulated AWS beside it, and a client that speaks HTTP byte by byte."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import app  # noqa: E402 - the path comes first
+
+TOKEN = "$DJISA<$#45ex3RtYr"
+PARAMETER = "/email-service/api-token"
+DATA = {
+    "email_subject": "Happy new year!",
+    "email_sender": "John doe",
+    "email_timestream": "1693561101",
+    "email_content": "Just want to say... Happy new year!!!",
+}
+BODY = json.dumps({"data": DATA, "token": TOKEN}).encode()
+WAIT = 15.0  # seconds; longer than anything here may take
+
+
+def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
+    """The first true value of `check`, asked again and again."""
+    end = time.monotonic() + seconds
+    while not (value := check()):
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+# --- Client ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        return str(self.json["error"])
+
+    def check(self) -> Answer:
+        """What holds for every answer of the service, whatever was asked."""
+        assert app.request_id_of(self.headers["X-Request-Id"] or "") == self.headers["X-Request-Id"]
+        assert self.status != 500, self.body
+        if self.status >= 400 and self.body:
+            assert self.headers["Content-Type"] == "application/json"
+            assert self.json["status"] == "error"
+            assert app.ERRORS[self.error][0] == self.status
+            assert self.json["message"]
+            assert self.json["request_id"] == self.headers["X-Request-Id"]
+        return self
+
+
+class Client:
+    """One connection. Nothing is sent but what the test sends, and every wait is bounded."""
+
+    def __init__(self, port: int) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+        self._file = self.sock.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.sock.close()
+
+    def send(self, *parts: bytes) -> Client:
+        self.sock.sendall(b"".join(parts))
+        return self
+
+    def answer(self, method: str = "GET") -> Answer:
+        """The next answer, checked. Interim ones (100) are skipped."""
+        status = 100
+        while status < 200:
+            line = self._file.readline()
+            assert line.startswith(b"HTTP/1."), line
+            status = int(line.split()[1])
+            headers = http.client.parse_headers(self._file)
+        length = 0 if method == "HEAD" else int(headers["Content-Length"])
+        body = self._file.read(length)
+        assert len(body) == length
+        return Answer(status, headers, body).check()
+
+    def trickle(self, part: bytes, seconds: float = WAIT) -> Answer:
+        """Send `part` every 0.1 s until the answer comes."""
+        self.sock.settimeout(0.1)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.sock.sendall(part)
+            with suppress(TimeoutError):
+                self.sock.recv(1, socket.MSG_PEEK)
+                break
+        self.sock.settimeout(WAIT)
+        return self.answer()
+
+    def is_closed(self, seconds: float = WAIT) -> bool:
+        """Whether the server ends the connection within the time, with nothing more to read."""
+        self.sock.settimeout(seconds)
+        try:
+            return self._file.read(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+
+def request_head(method: str, path: str, *headers: str, version: str = "1.1") -> bytes:
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def post_head(*headers: str, path: str = "/process") -> bytes:
+    return request_head("POST", path, "Content-Type: application/json", *headers)
+
+
+def post(body: bytes = BODY, *headers: str, path: str = "/process") -> bytes:
+    return post_head(f"Content-Length: {len(body)}", *headers, path=path) + body
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+# --- Service --------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Nothing of the caller's own configuration but what starts a process."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {
+        **kept,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "NO_PROXY": "127.0.0.1",
+        **variables,
+    }
+
+
+def gunicorn(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "gunicorn", *arguments]
+
+
+@dataclass
+class Service:
+    """`gunicorn` in the project's folder, as in production."""
+
+    temporary: Path
+    variables: dict[str, str]
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __enter__(self) -> Service:
+        self.temporary.mkdir()
+        with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
+            self.process = subprocess.Popen(
+                gunicorn(),
+                cwd=PROJECT,
+                env=environment(
+                    PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables
+                ),
+                stdout=out,
+                stderr=err,
+            )
+        try:
+            eventually(self._answers)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self, seconds: float = 40) -> float:
+        """Ask it to stop, and return how many seconds that took."""
+        begin = time.monotonic()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # the workers see that their parent is gone
+            self.process.wait(seconds)
+            raise
+        return time.monotonic() - begin
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.errors()
+        try:
+            return self.get("/health").status == 200
+        except OSError:
+            return False
+
+    def _output(self, name: str) -> Path:
+        return self.temporary / name
+
+    def connect(self) -> Client:
+        return Client(self.port)
+
+    def ask(self, *parts: bytes) -> Answer:
+        """The answer to one request on a connection of its own."""
+        with self.connect() as client:
+            return client.send(*parts).answer()
+
+    def get(self, path: str) -> Answer:
+        return self.ask(request_head("GET", path, "Connection: close"))
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every line of standard output; each must be JSON."""
+        return [json.loads(line) for line in self._output("stdout").read_text().splitlines()]
+
+    def errors(self) -> str:
+        return self._output("stderr").read_text()
+
+    def output(self) -> str:
+        return self._output("stdout").read_text() + self.errors()
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+
+# --- Fixtures -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Aws:
+    """moto's server, with the queue and the token."""
+
+    endpoint: str
+    sqs: Any
+    queue_url: str
+
+    def variables(self, **more: str) -> dict[str, str]:
+        return {"AWS_ENDPOINT_URL": self.endpoint, "SQS_QUEUE_URL": self.queue_url, **more}
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Take what is in the queue out of it."""
+        found: list[dict[str, Any]] = []
+        while messages := self.sqs.receive_message(
+            QueueUrl=self.queue_url, MaxNumberOfMessages=10, MessageAttributeNames=["All"]
+        ).get("Messages"):
+            for message in messages:
+                self.sqs.delete_message(
+                    QueueUrl=self.queue_url, ReceiptHandle=message["ReceiptHandle"]
+                )
+            found += messages
+        return found
+
+
+@pytest.fixture(scope="session")
+def aws() -> Iterator[Aws]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    session = boto3.Session("test", "test", region_name="us-west-1")
+    with ExitStack() as stack:
+        stack.callback(server.stop)
+        ssm = session.client("ssm", endpoint_url=endpoint)
+        stack.callback(ssm.close)
+        sqs = session.client("sqs", endpoint_url=endpoint)
+        stack.callback(sqs.close)
+        ssm.put_parameter(Name=PARAMETER, Value=TOKEN, Type="SecureString")
+        queue_url = sqs.create_queue(QueueName="dev-CP-queue")["QueueUrl"]
+        yield Aws(endpoint, sqs, queue_url)
+
+
+StartService = Callable[..., Service]
+
+
+@pytest.fixture(scope="session")
+def start_service(
+    aws: Aws, tmp_path_factory: pytest.TempPathFactory
+) -> StartService:
+    """Make a service that is not started yet: use it in a `with`."""
+
+    def make(**variables: str) -> Service:
+        folder = tmp_path_factory.mktemp("service") / "tmp"
+        return Service(folder, aws.variables(**variables))
+
+    return make

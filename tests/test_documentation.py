@@ -1,0 +1,118 @@
+"""README.md and openapi.yaml say what app.py does; one that changes alone fails here."""
+
+import dataclasses
+import json
+import re
+import tomllib
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import REGISTRY
+
+import app
+
+README = (app.PROJECT / "README.md").read_text("utf-8")
+OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_text("utf-8"))
+
+
+def readme_table(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading, without its head; cells stripped of `."""
+    section = README.split(f"# {heading}\n", 1)[1]
+    table = re.search(r"^\|.*\n\|[-|]+\n((?:\|.*\n)+)", section, re.MULTILINE)
+    assert table, heading
+    rows = table[1].splitlines()
+    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def served_routes() -> set[str]:
+    service = app.create_app(
+        app.Settings(sqs_queue_url="http://sqs/queue"), ssm=object(), sqs=object()
+    )
+    return set(service.test_client().get("/").get_json()["endpoints"])
+
+
+def error_examples(schema: Any) -> dict[str, str]:
+    """Error code -> message of every example of an error body anywhere in openapi.yaml."""
+    if isinstance(schema, dict):
+        if schema.get("status") == "error" and isinstance(schema.get("error"), str):
+            return {schema["error"]: schema["message"]}
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        return {code: text for part in schema for code, text in error_examples(part).items()}
+    return {}
+
+
+def test_readme_lists_every_variable_with_its_default() -> None:
+    def shown(setting: dataclasses.Field[Any]) -> str:
+        if setting.default is dataclasses.MISSING:
+            return "required"
+        return (
+            ",".join(setting.default)
+            if isinstance(setting.default, tuple)
+            else str(setting.default)
+        )
+
+    expected = {
+        setting.name.upper(): shown(setting) for setting in dataclasses.fields(app.Settings)
+    }
+    assert {row[0]: row[1] for row in readme_table("Configuration")} == expected
+
+
+def test_readme_lists_every_error_with_its_status_in_the_order_of_the_checks() -> None:
+    rows = [(row[1], int(row[0])) for row in readme_table("Errors")]
+    assert rows == [(code, status) for code, (status, _) in app.ERRORS.items()]
+
+
+def test_readme_and_openapi_list_every_route() -> None:
+    routes = {route for route in served_routes() if not route.startswith("GET /docs/")}
+    in_readme = {
+        route for row in readme_table("API") for route in row[0].replace("`", "").split(", ")
+    }
+    in_openapi = {
+        f"{method.upper()} {path}"
+        for path, item in OPENAPI["paths"].items()
+        for method in item
+        if method in ("get", "put", "post", "delete", "options", "head", "patch", "trace")
+    }
+    assert in_readme == routes
+    assert in_openapi == routes
+
+
+def test_openapi_gives_every_error_code_an_example_and_no_other() -> None:
+    assert set(error_examples(OPENAPI)) == set(app.ERRORS)
+
+
+def test_openapi_documents_every_status_of_process() -> None:
+    statuses = {str(status) for status, _ in app.ERRORS.values()} - {"404", "405"}
+    documented = set(OPENAPI["paths"]["/process"]["post"]["responses"])
+    assert documented - {"404", "405"} == {"200", *statuses}
+
+
+def test_readme_lists_every_metric() -> None:
+    listed = {row[0].removesuffix("_total") for row in readme_table("Metrics")}
+    served = {
+        metric.name for metric in REGISTRY.collect() if metric.name.startswith("email_processor")
+    }
+    assert listed == served
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((app.PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {project["version"], OPENAPI["info"]["version"]} == {app.VERSION}
+
+
+def test_readme_example_passes_validation() -> None:
+    example = re.search(r"curl http://localhost:8080/process .*? -d '(.*?)'\n", README, re.DOTALL)
+    assert example
+    document = json.loads(example[1])
+    app.validate_data(document["data"])
+    assert document["token"] == app.EXAMPLE_TOKEN
+
+
+@pytest.mark.parametrize("file", ["README.md", "SETUP.md"])
+def test_files_named_in_the_documentation_exist(file: str) -> None:
+    text = (app.PROJECT / file).read_text("utf-8")
+    names = set(re.findall(r"`(?:\./)?([\w./-]+\.(?:py|sh|md|yaml|toml|txt))\b", text))
+    assert names
+    assert [name for name in sorted(names) if not (app.PROJECT / name).exists()] == []
