@@ -34,11 +34,9 @@ from typing import Any, NoReturn
 import boto3
 import prometheus_client
 import yaml
-from botocore import xform_name
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from botocore.parsers import ResponseParserError
-from flask import Flask, Response, g, request, send_from_directory
+from flask import Flask, Response, g, request
 from gunicorn.http.errors import ParseException
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
@@ -308,6 +306,10 @@ def read_body(limit: int, deadline: BodyDeadline) -> bytes:
         whole = False
     finally:
         late = deadline.stop(sock) if sock else False
+    if late and declared is None:
+        whole = (
+            False  # nothing tells whether the end that was read is the client's or the deadline's
+        )
     if late or not whole:
         # gunicorn.conf.py provides it: no further request can be read from this connection.
         getattr(stream, "force_close", lambda: None)()
@@ -410,8 +412,8 @@ def validate_data(data: Any) -> None:
     if "email_timestream" not in problems and (rule := timestamp_rule(data["email_timestream"])):
         problems["email_timestream"] = f"email_timestream {rule}"
     if problems:
-        errors = [{"field": name, "message": message} for name, message in problems.items()]
-        raise Refusal(code, "; ".join(problems.values()), errors)
+        errors = [{"field": name, "message": problems[name]} for name in FIELDS if name in problems]
+        raise Refusal(code, "; ".join(error["message"] for error in errors), errors)
 
 
 def timestamp_rule(value: Any) -> str | None:
@@ -430,9 +432,6 @@ def timestamp_rule(value: Any) -> str | None:
 
 
 # --- AWS clients ----------------------------------------------------------------------------------
-
-# A garbled answer raises ResponseParserError, which is no BotoCoreError.
-AWS_ERRORS = (BotoCoreError, ClientError, ResponseParserError)
 
 
 def aws_client(service: str, settings: Settings) -> Any:
@@ -460,6 +459,11 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, ClientError):
         return str(error.response.get("Error", {}).get("Code", "Unknown"))
     return type(error).__name__
+
+
+def detail_of(error: Exception) -> str:
+    """The cause for the log. Only these two say nothing of an answer, which may hold a token."""
+    return str(error) if isinstance(error, ClientError | BotoCoreError) else cause_of(error)
 
 
 # --- Token store ----------------------------------------------------------------------------------
@@ -525,34 +529,38 @@ class TokenStore:
         if not self._lock.acquire(blocking=wait):
             return
         try:
-            now = self._clock()
-            if self._reads != reads or now - self._attempted_at < self._interval:
-                return
-            self._attempted_at = now
-            self._read()
-            if self.ready:
-                # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
-                self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
-                self._stale_at = now + self._cache_seconds
-            self._reads += 1
-            self.problem = None
-            TOKEN_READS.labels("success").inc()
-        except AWS_ERRORS as error:
-            self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
-            TOKEN_READS.labels("failure").inc()
-            log.warning("token not read; the last known one counts", extra={"cause": str(error)})
+            if self._reads == reads and self._clock() - self._attempted_at >= self._interval:
+                self._read()
+                self._attempted_at = self._clock()  # the end of it: a slow failure counts once
         finally:
             self._lock.release()
 
     def _read(self) -> None:
-        answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
-        found, missing = answer.get("Parameters", []), answer.get("InvalidParameters", [])
-        if len(found) + len(missing) != len(self._names):
-            raise ResponseParserError("SSM's answer does not speak of every parameter")
-        self._tokens = tuple(parameter["Value"].encode() for parameter in found)
-        self.ready = self.ready or bool(self._tokens)
+        now = self._clock()
+        try:
+            answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
+            missing = answer.get("InvalidParameters", [])
+            tokens = tuple(parameter["Value"].encode() for parameter in answer["Parameters"])
+            if len(tokens) + len(missing) != len(self._names):
+                raise ValueError("the answer does not speak of every parameter")
+        except Exception as error:  # a garbled answer makes botocore raise almost anything
+            self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
+            TOKEN_READS.labels("failure").inc()
+            log.warning(
+                "token not read; the last known one counts", extra={"cause": detail_of(error)}
+            )
+            return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
+        self._tokens = tokens
+        self.ready = self.ready or bool(tokens)
+        if self.ready:
+            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
+            self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
+            self._stale_at = now + self._cache_seconds
+        self._reads += 1
+        self.problem = None
+        TOKEN_READS.labels("success").inc()
 
 
 # --- Publisher ------------------------------------------------------------------------------------
@@ -599,7 +607,7 @@ def ascii_json(text: str) -> str:
 
 def trace_header_of(offered: str) -> str:
     """The ALB's X-Amzn-Trace-Id if it is one; SQS would refuse the message for anything else."""
-    shape = r"(\w+=[\w:.-]+;)*Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;\w+=[\w:.-]*)*;?"
+    shape = r"(\w+=[\w:.|-]+;)*Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;\w+=[\w:.|-]*)*;?"
     return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
 
 
@@ -616,12 +624,16 @@ class Publisher:
         """See the queue once and learn its size limit. Raises Refusal queue_unavailable."""
         if self._max_bytes:
             return
-        answer = self._call("GetQueueAttributes", AttributeNames=["MaximumMessageSize"])
         try:
+            answer = self._sqs.get_queue_attributes(
+                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
+            )
             self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
             self.problem = None
-        except (KeyError, TypeError, ValueError):
-            self._fail("GetQueueAttributes", "an answer without MaximumMessageSize")
+        except Exception as error:  # a garbled answer makes botocore raise almost anything
+            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
+            log.error("queue not seen", extra={"cause": detail_of(error)})
+            raise Refusal("queue_unavailable") from error
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
@@ -649,27 +661,16 @@ class Publisher:
         if self._queue_url.endswith(".fifo"):
             entry["MessageGroupId"] = SERVICE
             entry["MessageDeduplicationId"] = message.deduplication_id()
-        answer = self._call("SendMessage", **entry)
-        if not answer.get("MessageId"):
-            self._fail("SendMessage", "an answer without MessageId")
-        return str(answer["MessageId"])
-
-    def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        call = getattr(self._sqs, xform_name(operation))
         try:
-            answer = call(QueueUrl=self._queue_url, **arguments)
-        except AWS_ERRORS as error:
+            message_id = self._sqs.send_message(QueueUrl=self._queue_url, **entry)["MessageId"]
+            if not message_id:
+                raise ValueError("the answer has no MessageId")
+        except Exception as error:  # a garbled answer makes botocore raise almost anything
+            log.error("message not sent", extra={"cause": detail_of(error)})
             # The queue's limit may have been lowered since it was read.
-            if isinstance(error, ClientError) and "must be shorter than" in str(error):
-                raise Refusal("message_too_large") from error
-            self._fail(operation, cause_of(error), str(error))
-        return dict(answer)
-
-    def _fail(self, operation: str, cause: str, detail: str = "") -> NoReturn:
-        if not self._max_bytes:
-            self.problem = f"sqs:{operation} failed: {cause}"
-        log.error("queue call failed", extra={"call": operation, "cause": detail or cause})
-        raise Refusal("queue_unavailable")
+            too_large = isinstance(error, ClientError) and "must be shorter than" in str(error)
+            raise Refusal("message_too_large" if too_large else "queue_unavailable") from error
+        return str(message_id)
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -734,7 +735,7 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
 
     app = Flask(__name__, static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-    app.url_map.merge_slashes = False  # //process is unknown; it is not redirected with HTML
+    app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
     @app.post("/process")
     def process() -> Response:
@@ -809,7 +810,9 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
 
     @app.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")
     def docs_asset(asset: str) -> Response:
-        return send_from_directory(str(files("flask_swagger_ui") / "dist"), asset, max_age=3600)
+        kind = "text/css" if asset.endswith(".css") else "text/javascript"
+        content = (files("flask_swagger_ui") / "dist" / asset).read_bytes()
+        return Response(content, mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
     @app.errorhandler(Exception)
     def refused(error: Exception) -> Response:
@@ -837,6 +840,8 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
     def begin() -> None:
         g.started = time.perf_counter()
         g.request_id = request_id_of(request.headers.get("X-Request-Id", ""))
+        if not re.match("/(?!/)", request.environ["PATH_INFO"]):
+            raise Refusal("not_found")  # Werkzeug would take //process for /process
 
     @app.after_request
     def finish(response: Response) -> Response:

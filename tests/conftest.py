@@ -1,9 +1,8 @@
-"""A real Gunicorn process, an emulated AWS beside it, and a client that speaks HTTP byte by byte."""
+"""A real Gunicorn process, an emulated AWS, and a client that speaks HTTP byte by byte."""
 
 from __future__ import annotations
 
 import http.client
-import io
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import boto3
 import pytest
@@ -190,9 +189,7 @@ class Service:
             self.process = subprocess.Popen(
                 gunicorn(),
                 cwd=PROJECT,
-                env=environment(
-                    PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables
-                ),
+                env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
                 stderr=err,
             )
@@ -306,9 +303,7 @@ StartService = Callable[..., Service]
 
 
 @pytest.fixture(scope="session")
-def start_service(
-    aws: Aws, tmp_path_factory: pytest.TempPathFactory
-) -> StartService:
+def start_service(aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> StartService:
     """Make a service that is not started yet: use it in a `with`."""
 
     def make(**variables: str) -> Service:
