@@ -4,8 +4,10 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
 import types
 from contextlib import suppress
 
@@ -57,6 +59,12 @@ logconfig_dict = app.logging_config(settings.log_level)
 forwarder_headers = ""
 
 
+def post_fork(server, worker):
+    # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
+    # would wait for the worker until the graceful timeout.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def pre_request(worker, req):
     """Give the application the means to close the connection after its answer."""
     req.body.force_close = req.force_close
@@ -64,6 +72,19 @@ def pre_request(worker, req):
 
 def post_worker_init(worker):
     worker.handle_error = types.MethodType(refuse_unreadable_request, worker)
+    # A body's time runs from when the request is there, not from when a thread is free for it:
+    # else slow bodies, waiting in turn, would hold the threads for one deadline after the other.
+    enqueue, handle = worker.enqueue_req, worker.handle
+
+    def enqueue_req(conn):
+        conn.arrived = time.monotonic()
+        enqueue(conn)
+
+    def handle_since_arrival(conn):
+        app.arrival.time = conn.arrived
+        return handle(conn)
+
+    worker.enqueue_req, worker.handle = enqueue_req, handle_since_arrival
 
 
 def child_exit(server, worker):

@@ -17,7 +17,7 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 import app
 
-TOKEN = "$DJISA<$#45ex3RtYr"
+TOKEN = "the token of these tests"
 DATA = {
     "email_subject": "Happy new year!",
     "email_sender": "John doe",
@@ -113,14 +113,9 @@ def ask(
         body=b"".join(parts),
         message=SQS.sent[0] if SQS.sent else None,
     )
-    assert (answer.message is not None) == (answer.status == 200 and plain(path) == "/process")
+    assert (answer.message is not None) == (answer.status == 200 and path == "/process")
     check(answer, has_body=method != "HEAD")
     return answer
-
-
-def plain(path: str) -> str:
-    """The path as Werkzeug reads it: several slashes at the start are one."""
-    return "/" + path.lstrip("/")
 
 
 def check(answer: Answer, has_body: bool) -> None:
@@ -252,8 +247,8 @@ def test_any_damage_to_a_valid_body_gets_a_4xx_or_does_not_matter(
 @FUZZ
 @given(VALUES)
 def test_any_json_document_but_an_object_is_invalid_json(document: Any) -> None:
-    outcome = send(document).outcome
-    assert outcome == ("token_required" if isinstance(document, dict) else "invalid_json")
+    document = [document] if isinstance(document, dict) else document
+    assert send(document).outcome == "invalid_json"
 
 
 @FUZZ
@@ -385,7 +380,7 @@ def test_any_method_and_path_are_answered_or_404_or_405_with_allow(
     method: str, path: str, body: bytes
 ) -> None:
     answer = ask(method, path, body=body)
-    assert (answer.status == 404) == (plain(path) not in KNOWN)
+    assert (answer.status == 404) == (path not in KNOWN)
     assert (answer.status == 405) == ("Allow" in answer.headers)
     assert method not in answer.headers.get("Allow", "").split(", ")
 

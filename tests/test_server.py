@@ -1,0 +1,480 @@
+"""What needs a real Gunicorn and real sockets: framing, deadlines, connections, start and stop."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import (
+    BODY,
+    DATA,
+    PROJECT,
+    TOKEN,
+    Answer,
+    Aws,
+    Client,
+    Service,
+    StartService,
+    chunk,
+    environment,
+    eventually,
+    gunicorn,
+    post,
+    post_head,
+    request_head,
+)
+
+import app
+
+LIMIT = 2_097_152
+DEADLINE = 1.0
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.fixture(scope="module")
+def service(start_service: StartService) -> Iterator[Service]:
+    """The defaults: 4 workers with 2 threads each."""
+    with start_service() as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def hasty(start_service: StartService) -> Iterator[Service]:
+    """The same with a body deadline of a second."""
+    with start_service(BODY_TIMEOUT_SECONDS=str(DEADLINE)) as service:
+        yield service
+
+
+# --- The way into the queue -----------------------------------------------------------------------
+
+
+def test_post_is_200_and_the_message_is_in_the_queue(service: Service, aws: Aws) -> None:
+    aws.receive()
+    answer = service.ask(post(BODY, "X-Request-Id: r-1", "Idempotency-Key: k-1"))
+    assert answer.status == 200
+    (message,) = aws.receive()
+    assert message["MessageId"] == answer.json["message_id"]
+    assert json.loads(message["Body"]) == DATA
+    values = {name: part["StringValue"] for name, part in message["MessageAttributes"].items()}
+    assert values.pop("ProcessedAt")
+    assert values == {
+        "ContentType": "application/json",
+        "RequestId": "r-1",
+        "IdempotencyKey": "k-1",
+    }
+
+
+# --- Bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+def test_chunked_body_is_200(service: Service, size: int) -> None:
+    parts = [chunk(BODY[start : start + size]) for start in range(0, len(BODY), size)]
+    assert service.ask(post_head(CHUNKED), *parts, b"0\r\n\r\n").status == 200
+
+
+@pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])
+@pytest.mark.parametrize("size", [LIMIT + 1, 20_000_000])
+def test_oversized_body_is_413_for_a_client_that_sends_all_before_it_reads(
+    service: Service, size: int, expect: tuple[str, ...]
+) -> None:
+    with service.connect() as client:
+        answer = client.send(post(b" " * size, *expect)).answer()
+        assert (answer.status, answer.error) == (413, "request_too_large")
+        assert client.send(post()).answer().status == 200
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, 20_000_000])
+def test_oversized_chunked_body_is_413(service: Service, size: int) -> None:
+    parts = [chunk(b" " * 65_536)] * (size // 65_536 + 1)
+    with service.connect() as client:
+        answer = client.send(post_head(CHUNKED), *parts, b"0\r\n\r\n").answer()
+        assert (answer.status, answer.error) == (413, "request_too_large")
+        assert client.send(post()).answer().status == 200
+
+
+def test_body_of_exactly_the_limit_is_read(service: Service) -> None:
+    assert service.ask(post(BODY + b" " * (LIMIT - len(BODY)))).status == 200
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"zz\r\n",
+        b"5\r\nhelloX\r\n0\r\n\r\n",
+        b"-1\r\n",
+        b"5;\x00\r\nhello\r\n0\r\n\r\n",
+        b"0\r\nbad\r\n\r\n",
+    ],
+)
+def test_malformed_chunks_are_400_and_end_the_connection(service: Service, rest: bytes) -> None:
+    with service.connect() as client:
+        answer = client.send(post_head(CHUNKED), rest).answer()
+        assert (answer.status, answer.error) == (400, "invalid_json")
+        assert answer.headers["Connection"] == "close"
+        assert client.is_closed()
+
+
+@pytest.mark.parametrize(
+    "sent", [post_head("Content-Length: 1000") + BODY, post_head(CHUNKED) + chunk(BODY)]
+)
+def test_body_that_ends_early_is_400_at_once(service: Service, sent: bytes) -> None:
+    with service.connect() as client:
+        begin = time.monotonic()
+        client.send(sent).sock.shutdown(socket.SHUT_WR)
+        answer = client.answer()
+        assert (answer.status, answer.error) == (400, "invalid_json")
+        assert time.monotonic() - begin < 2
+
+
+# --- Body deadline --------------------------------------------------------------------------------
+
+STALLED = {
+    "with Content-Length": post_head("Content-Length: 1000") + BODY[:20],
+    "chunked": post_head(CHUNKED) + chunk(BODY[:20]),
+    "in a chunk": post_head(CHUNKED) + b"64\r\nab",
+    "without a byte": post_head("Content-Length: 1000"),
+    "oversized": post_head(f"Content-Length: {LIMIT + 1}") + BODY,
+}
+
+
+@pytest.mark.parametrize("sent", STALLED.values(), ids=STALLED.keys())
+def test_stalled_body_is_answered_at_the_deadline_and_the_connection_closed(
+    hasty: Service, sent: bytes
+) -> None:
+    with hasty.connect() as client:
+        begin = time.monotonic()
+        answer = client.send(sent).answer()
+        assert DEADLINE - 0.1 <= time.monotonic() - begin < DEADLINE + 1
+        expected = "request_too_large" if str(LIMIT + 1).encode() in sent else "request_timeout"
+        assert answer.error == expected
+        assert answer.headers["Connection"] == "close"
+        assert client.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [(post_head("Content-Length: 1000"), b"x"), (post_head(CHUNKED), chunk(b"x"))],
+    ids=["with Content-Length", "chunked"],
+)
+def test_trickled_body_is_408_at_the_deadline(hasty: Service, head: bytes, part: bytes) -> None:
+    with hasty.connect() as client:
+        begin = time.monotonic()
+        answer = client.send(head).trickle(part)
+        assert (answer.status, answer.error) == (408, "request_timeout")
+        assert DEADLINE - 0.1 <= time.monotonic() - begin < DEADLINE + 1
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/health"])
+def test_body_that_nobody_wants_holds_its_thread_no_longer(hasty: Service, path: str) -> None:
+    with hasty.connect() as client:
+        begin = time.monotonic()
+        answer = client.send(post_head("Content-Length: 99", path=path)).trickle(b"x")
+        assert answer.status in (404, 405)
+        assert time.monotonic() - begin < DEADLINE + 1
+
+
+@pytest.mark.parametrize("trickle", [False, True], ids=["stalled", "trickling"])
+def test_24_slow_clients_end_at_their_deadlines_and_health_is_served_again(
+    hasty: Service, trickle: bool
+) -> None:
+    """Three rounds of the 8 threads; the clients leave their sockets open even after the answer."""
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(hasty.connect()) for _ in range(24)]
+        done = threading.Event()
+
+        def feed() -> None:
+            while not done.wait(0.1):
+                for client in clients:
+                    try:
+                        client.sock.sendall(b"x")
+                    except OSError:
+                        continue  # answered and closed already
+
+        for client in clients:
+            client.send(post_head("Content-Length: 1000"))
+        feeder = threading.Thread(target=feed)
+        if trickle:
+            feeder.start()
+        try:
+            assert hasty.get("/health").status == 200
+            assert time.monotonic() - begin < 3 * DEADLINE + 2
+            answers = [client.answer() for client in clients]
+        finally:
+            done.set()
+            if trickle:
+                feeder.join()
+    assert {answer.error for answer in answers} == {"request_timeout"}
+    assert time.monotonic() - begin < 3 * DEADLINE + 3
+
+
+# --- Connections ----------------------------------------------------------------------------------
+
+
+def test_connection_serves_on_after_every_kind_of_answer(service: Service) -> None:
+    requests = {
+        post(): 200,
+        post(b"{"): 400,
+        post(b"{}"): 401,
+        post(b"x", path="/nothing"): 404,
+        post(b"x", path="/health"): 405,
+        post(BODY, path="//process"): 404,
+        request_head("GET", "/health"): 200,
+    }
+    with service.connect() as client:
+        for sent, status in requests.items():
+            answer = client.send(sent).answer()
+            assert answer.status == status
+            assert answer.headers["Connection"] == "keep-alive"
+
+
+def test_pipelined_requests_are_answered_in_order(service: Service) -> None:
+    with service.connect() as client:
+        client.send(post(b"{"), post(), request_head("GET", "/nothing"))
+        assert [client.answer().status for _ in range(3)] == [400, 200, 404]
+
+
+def test_rest_behind_a_short_content_length_is_not_logged(service: Service) -> None:
+    with service.connect() as client:
+        client.send(post_head("Content-Length: 2"), b'{}"token": "SECRET-token"\r\n\r\n')
+        assert client.answer().status == 401
+        assert client.answer().status == 400
+    assert "SECRET" not in service.output()
+
+
+# --- What Gunicorn refuses by itself --------------------------------------------------------------
+
+UNREADABLE = {
+    "garbage": b"garbage\r\n\r\n",
+    "binary": bytes(range(128, 256)) + b"\r\n\r\n",
+    "header without colon": request_head("GET", "/health", "broken"),
+    "huge request line": request_head("GET", "/" + "x" * 9000),
+    "huge header": request_head("GET", "/health", "A: " + "x" * 20_000),
+    "many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
+    "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
+    "length and chunks": post_head("Content-Length: 2", CHUNKED) + b"0\r\n\r\n",
+    "bad length": post_head("Content-Length: -1"),
+    "length in other digits": post_head("Content-Length: \xb2"),
+    "long length": post_head("Content-Length: " + "9" * 5000),
+    "unknown coding": post_head("Transfer-Encoding: secret"),
+    "gzip coding": post_head("Transfer-Encoding: gzip"),
+    "unknown expectation": post_head("Content-Length: 2", "Expect: wonders") + b"{}",
+    "version": request_head("GET", "/health", version="3.0"),
+    "lower-case method": request_head("get", "/health"),
+    "bare LF": b"GET /health HTTP/1.1\nHost: x\n\n",
+    "NUL in header": request_head("GET", "/health", "A: \0"),
+    "folded header": request_head("GET", "/health", "A: x", " y"),
+    "conflicting schemes": request_head(
+        "GET", "/health", "X-Forwarded-Proto: https", "X-Forwarded-SSL: off"
+    ),
+    "bytes in path": "GET /\u00e9 HTTP/1.1\r\n\r\n".encode(),
+}
+
+
+@pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_what_is_no_http_is_refused_in_json(service: Service, sent: bytes) -> None:
+    with service.connect() as client:
+        answer = client.send(sent).answer()
+        assert answer.error in ("invalid_json", "request_too_large")
+        assert answer.headers["Connection"] == "close"
+        assert client.is_closed()
+
+
+ODD = {
+    "SCRIPT_NAME header": request_head("GET", "/health", "SCRIPT_NAME: /x", "PATH_INFO: /y"),
+    "absolute form": request_head("GET", "http://other/health"),
+    "host junk": b"GET /health HTTP/1.1\r\nHost: <>\"'@[:::\r\n\r\n",
+    "no host, HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+    "empty line first": b"\r\n" + request_head("GET", "/health"),
+    "query": request_head("GET", "/health?%ff=%00&&&"),
+}
+
+
+@pytest.mark.parametrize("sent", ODD.values(), ids=ODD.keys())
+def test_odd_but_well_formed_request_is_200(service: Service, sent: bytes) -> None:
+    assert service.ask(sent).status == 200
+
+
+@pytest.mark.parametrize(
+    "target", ["/%ff%00", "/" + "x" * 4000, "/process/", "/process%2f", "/docs/../app.py"]
+)
+def test_unknown_path_is_404(service: Service, target: str) -> None:
+    assert service.ask(request_head("GET", target)).error == "not_found"
+
+
+@pytest.mark.parametrize(("method", "target"), [("OPTIONS", "*"), ("CONNECT", "host:80")])
+def test_target_that_is_no_path_is_404(service: Service, method: str, target: str) -> None:
+    assert service.ask(request_head(method, target)).error == "not_found"
+
+
+# --- Logs and metrics -----------------------------------------------------------------------------
+
+
+def test_every_line_of_output_is_json_and_none_has_the_token(start_service: StartService) -> None:
+    with start_service(LOG_LEVEL="DEBUG") as service:
+        service.get("/health")
+        service.ask(post())
+        service.ask(post(b"{"))
+    lines = service.log()
+    assert {line["level"] for line in lines} >= {"DEBUG", "INFO"}
+    assert any(line.get("path") == "/health" for line in lines)
+    assert all({"time", "level", "message"} <= set(line) for line in lines)
+    for secret in (TOKEN, *(value for name, value in DATA.items() if name != "email_timestream")):
+        assert secret not in service.output()
+
+
+def counter(text: str, outcome: str) -> float:
+    found = re.search(rf'^email_processor_requests_total{{outcome="{outcome}"}} (.+)$', text, re.M)
+    return float(found[1]) if found else 0
+
+
+def test_metrics_are_those_of_all_workers_together(service: Service) -> None:
+    before = service.get("/metrics").body.decode()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: service.ask(post(b"{")), range(40)))
+    assert {answer.status for answer in answers} == {400}
+    after = service.get("/metrics").body.decode()
+    assert counter(after, "invalid_json") - counter(before, "invalid_json") == 40
+
+
+# --- Start and stop -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("SQS_QUEUE_URL", ""), ("PORT", "http"), ("GUNICORN_THREADS", "0"), ("LOG_LEVEL", "LOUD")],
+)
+def test_unusable_variable_stops_the_start_with_one_line(variable: str, value: str) -> None:
+    variables = {"SQS_QUEUE_URL": "http://sqs/queue", variable: value}
+    run = subprocess.run(
+        gunicorn(), cwd=PROJECT, env=environment(**variables), capture_output=True, timeout=20
+    )
+    assert run.returncode != 0
+    (line,) = run.stderr.decode().splitlines()
+    assert variable in line
+    assert run.stdout == b""
+
+
+def test_gunicorn_settings_are_those_of_the_specification(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SQS_QUEUE_URL", "http://sqs/queue")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "unused")
+    conf = runpy.run_path(str(PROJECT / "gunicorn.conf.py"))
+    expected = {
+        "bind": "0.0.0.0:8080",
+        "worker_class": "gthread",
+        "workers": 4,
+        "threads": 2,
+        "keepalive": 75,
+        "graceful_timeout": 25,
+        "preload_app": True,
+        "max_requests": 0,
+        "control_socket_disable": True,
+        "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,
+        "accesslog": None,
+    }
+    assert {name: conf[name] for name in expected} == expected
+
+
+class Silence:
+    """A listening socket that takes connections and never answers."""
+
+    def __enter__(self) -> Silence:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def was_called(self) -> bool:
+        self.sock.settimeout(0)
+        try:
+            self.sock.accept()[0].close()
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_nothing_is_asked_of_aws_and_no_thread_started_before_the_first_request(
+    start_service: StartService,
+) -> None:
+    with Silence() as aws, start_service(AWS_ENDPOINT_URL=aws.endpoint) as service:
+        assert service.get("/health").status == 200
+        assert not aws.was_called()
+        assert len(list(Path(f"/proc/{service.process.pid}/task").iterdir())) == 1
+
+
+def refuse_while_aws_is_away(service: Service) -> Answer:
+    """The answer to a POST, while /health answers at once."""
+    with ThreadPoolExecutor(1) as pool:
+        begin = time.monotonic()
+        refusal = pool.submit(service.ask, post())
+        while not refusal.done():
+            asked = time.monotonic()
+            assert service.get("/health").status == 200
+            assert time.monotonic() - asked < 1
+            time.sleep(0.2)
+        assert time.monotonic() - begin < 10
+    answer = refusal.result()
+    assert answer.status == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    return answer
+
+
+@pytest.mark.parametrize("name", ["SSM", "SQS"])
+@pytest.mark.parametrize("hangs", [False, True], ids=["closed port", "no answer"])
+def test_aws_out_of_reach_is_503_within_10_s(
+    start_service: StartService, name: str, hangs: bool
+) -> None:
+    with Silence() as away:
+        endpoint = away.endpoint if hangs else "http://127.0.0.1:1"
+        with start_service(**{f"AWS_ENDPOINT_URL_{name}": endpoint}) as service:
+            expected = "token_store_unavailable" if name == "SSM" else "queue_unavailable"
+            assert refuse_while_aws_is_away(service).error == expected
+            assert service.get("/ready").error == expected
+
+
+def test_sigterm_answers_what_was_begun_and_leaves_nothing_behind(
+    start_service: StartService,
+) -> None:
+    with start_service() as service, service.connect() as idle, service.connect() as begun:
+        assert idle.send(request_head("GET", "/health")).answer().status == 200
+        head, rest = post()[:-30], post()[-30:]
+        begun.send(head)
+        workers = service.workers()
+        time.sleep(0.3)  # until a worker reads it
+        service.process.send_signal(signal.SIGTERM)
+        begun.send(rest)
+        assert begun.answer().status == 200
+        assert service.stop() < 10
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert {path.name for path in service.temporary.iterdir()} == {"stdout", "stderr"}
+
+
+def test_dead_worker_is_replaced_and_the_others_serve_on(start_service: StartService) -> None:
+    with start_service() as service:
+        victim = service.workers()[0]
+        # By process id: one of this test's own workers.
+        subprocess.run(["kill", "-KILL", str(victim)], check=True)
+        assert service.ask(post()).status == 200
+        eventually(lambda: len(service.workers()) == 4 and victim not in service.workers())
+        assert service.ask(post()).status == 200
+        assert app.SERVICE.encode() in service.get("/").body
+
+
+def test_client_helper_sees_an_open_connection_as_open(service: Service) -> None:
+    with Client(service.port) as client:
+        assert client.send(request_head("GET", "/health")).answer().status == 200
+        assert not client.is_closed(0.1)
