@@ -165,9 +165,10 @@ case $mode in
   test)
     step "test: .venv/bin/coverage run -m pytest"
     status=0
+    .venv/bin/coverage erase
     .venv/bin/coverage run -m pytest || status=$?
     report_status=0
-    .venv/bin/coverage report || report_status=$?
+    { .venv/bin/coverage combine --quiet && .venv/bin/coverage report; } || report_status=$?
     [ "$status" -ne 0 ] || status=$report_status
     exit "$status"
     ;;

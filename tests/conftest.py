@@ -160,7 +160,8 @@ def free_port() -> int:
 
 def environment(**variables: str) -> dict[str, str]:
     """Nothing of the caller's own configuration but what starts a process."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    keep = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG")
+    kept = {name: os.environ[name] for name in keep if name in os.environ}
     return {
         **kept,
         "AWS_ACCESS_KEY_ID": "test",

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -95,7 +96,10 @@ class LocalServer:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True)
         self._output = folder / "output"
-        with self._output.open("wb") as output:
+        # Every process inherits the writing end as its standard input; when none is left, the
+        # reading end is at its end.
+        self._processes, alive = os.pipe()
+        with self._output.open("wb") as output, os.fdopen(alive, "wb") as standard_input:
             self.process = subprocess.Popen(
                 [sys.executable, PROJECT / "app.py"],
                 cwd=folder,
@@ -105,6 +109,7 @@ class LocalServer:
                     TMPDIR=str(self.temporary),
                     **variables,
                 ),
+                stdin=standard_input,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -131,10 +136,16 @@ class LocalServer:
         return [paragraph for paragraph in paragraphs if paragraph.startswith("curl ")]
 
     def has_processes(self) -> bool:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, 0)
-            return True
-        return False
+        readable, _, _ = select.select([self._processes], [], [], 0)
+        return not readable
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=30)
+        finally:
+            self.process.kill()
+            os.close(self._processes)
 
 
 @contextmanager
@@ -144,12 +155,7 @@ def local_server(folder: Path, **variables: str) -> Iterator[LocalServer]:
         server.wait_until_it_serves()
         yield server
     finally:
-        server.process.terminate()
-        try:
-            server.process.wait(timeout=30)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.process.pid, signal.SIGKILL)
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,7 @@ def test_stopped_local_server_leaves_no_process_no_port_and_no_file(
     with local_server(tmp_path) as server:
         (emulator_port,) = set(map(int, re.findall(r"http://127\.0\.0\.1:(\d+)", server.output)))
         assert is_listening(emulator_port)
+        assert server.has_processes()
         assert list(server.temporary.iterdir())
         send = os.killpg if whole_group else os.kill
         send(server.process.pid, signal_number)
@@ -439,12 +446,13 @@ def test_test_ends_with_the_status_of_the_tests_or_of_the_coverage(
     executable(commands / "python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
     executable(
         commands / "coverage",
-        f'#!/bin/sh\necho "coverage $*"\n[ "$1" = report ] && exit {report}\nexit {tests}\n',
+        f'#!/bin/sh\necho "coverage $*"\ncase $1 in report) exit {report};; run) exit {tests};; esac\n',
     )
     (project / ".venv" / "made-from").write_text(f"{project}\n# nothing\n")
     result = run(project / "setup-local.sh", "test")
     assert result.returncode == expected
-    assert result.stdout.splitlines()[-2:] == ["coverage run -m pytest", "coverage report"]
+    steps = ["erase", "run -m pytest", "combine --quiet", "report"]
+    assert result.stdout.splitlines()[-4:] == [f"coverage {step}" for step in steps]
 
 
 # --- .ci/run --------------------------------------------------------------------------------------
