@@ -164,6 +164,7 @@ def logging_config(level: str) -> dict[str, Any]:
             "email_processor": {"level": level},
             "gunicorn.error": {"level": "INFO"},
             "gunicorn.access": {"level": "INFO"},
+            "botocore": {"level": "WARNING"},
         },
     }
 
@@ -701,7 +702,7 @@ _DOCS_PAGE = f"""<!doctype html>
 _DOCS_SCRIPT_HASH = b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
 _DOCS_POLICY = (
     f"default-src 'none'; script-src 'self' 'sha256-{_DOCS_SCRIPT_HASH}'; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; "
+    "style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 

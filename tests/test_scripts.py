@@ -446,7 +446,8 @@ def test_test_ends_with_the_status_of_the_tests_or_of_the_coverage(
     executable(commands / "python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
     executable(
         commands / "coverage",
-        f'#!/bin/sh\necho "coverage $*"\ncase $1 in report) exit {report};; run) exit {tests};; esac\n',
+        '#!/bin/sh\necho "coverage $*"\n'
+        f"case $1 in report) exit {report};; run) exit {tests};; esac\n",
     )
     (project / ".venv" / "made-from").write_text(f"{project}\n# nothing\n")
     result = run(project / "setup-local.sh", "test")
