@@ -10,6 +10,7 @@ import tempfile
 import time
 import types
 from contextlib import suppress
+from typing import Any
 
 from gunicorn.http.errors import (
     InvalidResponseHeader,
@@ -23,8 +24,12 @@ from gunicorn.http.errors import (
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     _master, _metrics = os.getpid(), tempfile.mkdtemp(prefix="email-processor-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
-    # Workers run exit handlers too.
-    atexit.register(lambda: os.getpid() == _master and shutil.rmtree(_metrics, ignore_errors=True))
+
+    def _remove_metrics() -> None:
+        if os.getpid() == _master:  # workers run exit handlers too
+            shutil.rmtree(_metrics, ignore_errors=True)
+
+    atexit.register(_remove_metrics)
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -59,39 +64,41 @@ logconfig_dict = app.logging_config(settings.log_level)
 forwarder_headers = ""
 
 
-def post_fork(server, worker):
+def post_fork(server: Any, worker: Any) -> None:
     # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
     # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def pre_request(worker, req):
+def pre_request(worker: Any, req: Any) -> None:
     """Give the application the means to close the connection after its answer."""
     req.body.force_close = req.force_close
 
 
-def post_worker_init(worker):
+def post_worker_init(worker: Any) -> None:
     worker.handle_error = types.MethodType(refuse_unreadable_request, worker)
     # A body's time runs from when the request is there, not from when a thread is free for it:
     # else slow bodies, waiting in turn, would hold the threads for one deadline after the other.
     enqueue, handle = worker.enqueue_req, worker.handle
 
-    def enqueue_req(conn):
+    def enqueue_req(conn: Any) -> None:
         conn.arrived = time.monotonic()
         enqueue(conn)
 
-    def handle_since_arrival(conn):
+    def handle_since_arrival(conn: Any) -> Any:
         app.arrival.time = conn.arrived
         return handle(conn)
 
     worker.enqueue_req, worker.handle = enqueue_req, handle_since_arrival
 
 
-def child_exit(server, worker):
-    mark_process_dead(worker.pid)
+def child_exit(server: Any, worker: Any) -> None:
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
-def refuse_unreadable_request(worker, req, client, addr, exc):
+def refuse_unreadable_request(
+    worker: Any, req: Any, client: Any, addr: Any, exc: Exception
+) -> None:
     """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
 
     Of the exception only its type is logged: the text may quote a token, from a body that a wrong
