@@ -10,6 +10,7 @@ import tempfile
 import time
 import types
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn.http.errors import (
@@ -120,7 +121,7 @@ def refuse_unreadable_request(
     request_id = app.request_id_of("")
     body = json.dumps(refusal.body(request_id)).encode()
     head = (
-        f"HTTP/1.1 {refusal.status} {type(exc).__name__}\r\nConnection: close\r\n"
+        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         f"X-Request-Id: {request_id}\r\n\r\n"
     )
