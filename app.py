@@ -926,7 +926,12 @@ See it in the queue:
   curl {os.environ["AWS_ENDPOINT_URL"]} \\
     --aws-sigv4 aws:amz:{settings.aws_region}:sqs -u test:test \\
     -H 'Content-Type: application/x-amz-json-1.0' -H 'X-Amz-Target: AmazonSQS.ReceiveMessage' \\
-    -d '{{"QueueUrl": "{settings.sqs_queue_url}", "VisibilityTimeout": 0}}'
+    -d '{{"QueueUrl": "{settings.sqs_queue_url}",
+         "MessageAttributeNames": ["All"], "VisibilityTimeout": 0}}'
+
+Check it from outside:
+
+  API_TOKEN='{EXAMPLE_TOKEN}' ./test.sh {url}
 
 Stop it with Ctrl-C.
 """
@@ -959,7 +964,8 @@ def main() -> None:
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for stop_signal in (signal.SIGTERM, signal.SIGHUP):
+    stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for stop_signal in stop_signals:
         signal.signal(stop_signal, stop)
     # In a session of its own: a closing terminal's SIGHUP would make Gunicorn start anew.
     server = subprocess.Popen(
@@ -975,6 +981,8 @@ def main() -> None:
         while server.poll() is None:
             time.sleep(0.1)
     except KeyboardInterrupt:
+        for stop_signal in stop_signals:
+            signal.signal(stop_signal, signal.SIG_IGN)  # one is enough
         server.terminate()
         server.wait()
     sys.exit(server.returncode)
