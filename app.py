@@ -23,6 +23,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -108,6 +109,7 @@ class Settings:
     body_timeout_seconds: float = _setting(
         "a number of seconds from 1 to 60", _number(float, 1, 60), 5
     )
+    sqs_calls_in_flight: int = _setting("a whole number from 1 to 64", _number(int, 1, 64), 8)
     token_cache_seconds: float = _setting(
         "a number of seconds from 1 to 3600", _number(float, 1, 3600), 60
     )
@@ -444,19 +446,23 @@ def timestamp_rule(value: Any) -> str | None:
 def aws_client(service: str, settings: Settings) -> Any:
     """A boto3 client. It opens no connection until its first call, so a fork may follow.
 
-    A call ends within 2 x (1 s to connect or 2 s to read) + 1 s of back-off: two calls, of a token
-    and a queue that both hang, end within 10 s.
+    An attempt ends within 1 s to connect and 2 s to read. SSM gets two of them, SQS one: the
+    publisher has retries of its own, for each message of a batch.
     """
+    publishes = service == "sqs"
     return boto3.client(
         service,
         region_name=settings.aws_region,
         config=Config(
             connect_timeout=1,
             read_timeout=2,
-            retries={"mode": "standard", "total_max_attempts": 2},
-            max_pool_connections=max(10, settings.gunicorn_threads),
+            retries={"mode": "standard", "total_max_attempts": 1 if publishes else 2},
+            max_pool_connections=max(settings.gunicorn_threads, settings.sqs_calls_in_flight),
             tcp_keepalive=True,
-            user_agent=f"{SERVICE}/{VERSION}",  # botocore builds its own twice a call, at a cost
+            # What each call would cost without need: checks of a message that is ours, and a
+            # User-Agent that is built twice.
+            parameter_validation=not publishes,
+            user_agent=f"{SERVICE}/{VERSION}",
         ),
     )
 
@@ -582,7 +588,10 @@ class Message:
     idempotency_key: str = ""
     trace_header: str = ""
 
-    def attributes(self) -> dict[str, dict[str, str]]:
+    def entry(self, fifo: bool) -> tuple[dict[str, Any], int]:
+        """What SendMessage takes, and its size by SQS's count: the bytes of the body, and of the
+        attributes' names, types and values; a system attribute does not count.
+        """
         values = {
             "ContentType": "application/json",
             "ProcessedAt": datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -590,9 +599,22 @@ class Message:
         }
         if self.idempotency_key:
             values["IdempotencyKey"] = self.idempotency_key
-        return {
-            name: {"DataType": "String", "StringValue": value} for name, value in values.items()
+        size = len(self.body) + sum(
+            len(name) + len("String") + len(value.encode()) for name, value in values.items()
+        )
+        entry: dict[str, Any] = {
+            "MessageBody": self.body,
+            "MessageAttributes": {
+                name: {"DataType": "String", "StringValue": value} for name, value in values.items()
+            },
         }
+        if self.trace_header:
+            value = {"DataType": "String", "StringValue": self.trace_header}
+            entry["MessageSystemAttributes"] = {"AWSTraceHeader": value}
+        if fifo:
+            entry["MessageGroupId"] = SERVICE
+            entry["MessageDeduplicationId"] = self.deduplication_id()
+        return entry, size
 
     def deduplication_id(self) -> str:
         """SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed."""
@@ -618,12 +640,64 @@ def trace_header_of(offered: str) -> str:
     return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
 
 
-class Publisher:
-    """Puts messages into the queue."""
+def is_temporary(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
+    if not isinstance(error, ClientError):
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status >= 500 or status == 429 or "Throttl" in cause_of(error)
 
-    def __init__(self, sqs: Any, queue_url: str) -> None:
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A message on its way into the queue, and what its request waits for."""
+
+    entry: dict[str, Any]
+    size: int
+    deadline: float
+    attempts: int = 0
+    alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
+    call: list[Pending] | None = None  # the batch that its request is to send
+    outcome: str | Refusal | None = None  # the MessageId, or why there is none
+    wake: threading.Lock = field(default_factory=threading.Lock)  # released when one of both is set
+
+
+class Publisher:
+    """Puts messages into the queue, those that arrive together in one call.
+
+    A call costs nearly the same for ten messages as for one, so they share it as commits share a
+    write of a database's log: a message that finds no call under way goes at once, those that come
+    meanwhile wait and go together in the next. There is no timer and no thread: the request of a
+    batch's first message makes the call, gives every other its result, and hands the next batch on.
+    """
+
+    MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
+    # Two calls at once, so that a few messages do not wait for each other; more for full batches.
+    CALLS_NOT_FULL = 2
+    ATTEMPTS = 3
+    SECONDS = 5.0  # for a message to wait and to be tried again; a call then under way still ends
+
+    def __init__(
+        self,
+        sqs: Any,
+        queue_url: str,
+        calls_in_flight: int,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self._sqs = sqs
         self._queue_url = queue_url
+        self._fifo = queue_url.endswith(".fifo")
+        self._calls_in_flight = (
+            1 if self._fifo else calls_in_flight
+        )  # one after the other, in order
+        self._clock = clock
+        self._pause = pause
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._waiting: deque[Pending] = deque()
+        self._under_way = 0  # calls
         self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
         self.problem: str | None = "the queue was not asked for yet"
 
@@ -645,39 +719,125 @@ class Publisher:
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
 
-        Raises Refusal: message_too_large by the queue's own limit (bytes of the body and of the
-        attributes' names, types and values; a system attribute does not count), or
-        queue_unavailable.
+        Raises Refusal: message_too_large by the queue's own limit, or queue_unavailable.
         """
         self.check_queue()
-        attributes = message.attributes()
-        size = len(message.body) + sum(
-            len(part.encode())
-            for name, value in attributes.items()
-            for part in (name, *value.values())
-        )
+        entry, size = message.entry(self._fifo)
         if size > self._max_bytes:
-            raise Refusal(
-                "message_too_large",
-                f"The message has {size} bytes, the queue takes {self._max_bytes}.",
-            )
-        entry: dict[str, Any] = {"MessageBody": message.body, "MessageAttributes": attributes}
-        if message.trace_header:
-            value = {"DataType": "String", "StringValue": message.trace_header}
-            entry["MessageSystemAttributes"] = {"AWSTraceHeader": value}
-        if self._queue_url.endswith(".fifo"):
-            entry["MessageGroupId"] = SERVICE
-            entry["MessageDeduplicationId"] = message.deduplication_id()
+            reason = f"The message has {size} bytes, the queue takes {self._max_bytes}."
+            raise Refusal("message_too_large", reason)
+        pending = Pending(entry, size, self._clock() + self.SECONDS)
+        pending.wake.acquire()
+        with self._lock:
+            self._waiting.append(pending)
+            self._start_call()
+        while pending.outcome is None:
+            if pending.call:
+                batch, pending.call = pending.call, None
+                self._send(batch)
+            elif not pending.wake.acquire(timeout=max(0, pending.deadline - self._clock())):
+                self._give_up(pending)
+        if isinstance(pending.outcome, Refusal):
+            raise pending.outcome
+        return pending.outcome
+
+    def _start_call(self) -> None:
+        """Hand the next batch to the request of its first message, if a call may start. Locked."""
+        full = len(self._waiting) >= self.MAX_ENTRIES
+        calls = self._calls_in_flight if full else min(self._calls_in_flight, self.CALLS_NOT_FULL)
+        if not self._waiting or self._under_way >= calls:
+            return
+        batch, size = [self._waiting.popleft()], 0
+        while self._waiting and len(batch) < self.MAX_ENTRIES:
+            size += batch[-1].size
+            following = self._waiting[0]
+            if size + following.size > self.MAX_BYTES or following.alone or batch[0].alone:
+                break
+            batch.append(self._waiting.popleft())
+        self._under_way += 1
+        batch[0].call = batch
+        self._rouse(batch[0])
+
+    def _send(self, batch: list[Pending]) -> None:
+        """Make one call, settle its messages, and hand the next batch on whatever happens."""
+        again: list[Pending] = []
         try:
-            message_id = self._sqs.send_message(QueueUrl=self._queue_url, **entry)["MessageId"]
-            if not message_id:
-                raise ValueError("the answer has no MessageId")
+            results = self._call(batch)
+            again = self._settle(batch, results)
+            if again:
+                # By now the others have their answers; the pause keeps this call's place.
+                self._pause((1 + self._jitter()) * 0.025 * 2 ** batch[0].attempts)
+        finally:
+            with self._lock:
+                for pending in batch:
+                    if pending not in again and pending.outcome is None:  # this thread is dying
+                        pending.outcome = Refusal("queue_unavailable")
+                        self._rouse(pending)
+                # In front, in their order; without those whose request has given up meanwhile.
+                self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
+                self._under_way -= 1
+                self._start_call()
+
+    def _call(self, batch: list[Pending]) -> list[str | Exception]:
+        """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
+        try:
+            if len(batch) == 1:
+                answer = self._sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
+                answer = {"Successful": [{"Id": "0", **answer}]}
+            else:
+                entries = [{"Id": str(n), **pending.entry} for n, pending in enumerate(batch)]
+                answer = self._sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+            results: dict[str, str | Exception] = {}
+            for failed in answer.get("Failed", []):
+                status = {"HTTPStatusCode": 400 if failed["SenderFault"] else 500}
+                error = {"Error": failed, "ResponseMetadata": status}
+                results[failed["Id"]] = ClientError(error, "SendMessageBatch")
+            results |= {sent["Id"]: sent["MessageId"] for sent in answer.get("Successful", [])}
+            unknown = ValueError("the answer has no MessageId")
+            return [results.get(str(n)) or unknown for n in range(len(batch))]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
-            log.error("message not sent", extra={"cause": detail_of(error)})
-            # The queue's limit may have been lowered since it was read.
-            too_large = isinstance(error, ClientError) and "must be shorter than" in str(error)
-            raise Refusal("message_too_large" if too_large else "queue_unavailable") from error
-        return str(message_id)
+            return [error] * len(batch)
+
+    def _settle(self, batch: list[Pending], results: list[str | Exception]) -> list[Pending]:
+        """Give every message its outcome, except those that are to be sent again: these."""
+        refused_as_one = len(batch) > 1 and all(result is results[0] for result in results)
+        again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
+        with self._lock:
+            for pending, result in zip(batch, results, strict=True):
+                pending.attempts += 1
+                if isinstance(result, str):
+                    outcome: str | Refusal = result
+                else:
+                    temporary, cause = is_temporary(result), detail_of(result)
+                    pending.alone = refused_as_one and not temporary
+                    may_retry = pending.attempts < self.ATTEMPTS and now < pending.deadline
+                    retried = (temporary or pending.alone) and may_retry
+                    failures[cause, retried] += 1
+                    if retried:
+                        again.append(pending)
+                        continue
+                    # The queue's limit may have been lowered since it was read.
+                    too_large = "must be shorter than" in cause
+                    outcome = Refusal("message_too_large" if too_large else "queue_unavailable")
+                pending.outcome = pending.outcome or outcome  # it may have given up
+                self._rouse(pending)
+        for (cause, retried), count in failures.items():
+            level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
+            log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
+        return again
+
+    def _give_up(self, pending: Pending) -> None:
+        """Its time is over; if it waits in a batch that is being sent, it may be in the queue."""
+        with self._lock:
+            if pending.outcome is None and pending.call is None:
+                pending.outcome = Refusal("queue_unavailable")
+                with suppress(ValueError):
+                    self._waiting.remove(pending)
+                log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
+
+    def _rouse(self, pending: Pending) -> None:
+        if pending.wake.locked():
+            pending.wake.release()
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -725,7 +885,12 @@ def metrics_text() -> bytes:
     return prometheus_client.generate_latest(registry)
 
 
-def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = None) -> Flask:
+def create_app(
+    settings: Settings | None = None,
+    ssm: Any = None,
+    sqs: Any = None,
+    pause: Callable[[float], None] = time.sleep,
+) -> Flask:
     """The WSGI application.
 
     Without settings they are read from the environment (SettingsError); without clients, boto3's
@@ -737,7 +902,12 @@ def create_app(settings: Settings | None = None, ssm: Any = None, sqs: Any = Non
         settings.token_ssm_parameter,
         settings.token_cache_seconds,
     )
-    publisher = Publisher(sqs or aws_client("sqs", settings), settings.sqs_queue_url)
+    publisher = Publisher(
+        sqs or aws_client("sqs", settings),
+        settings.sqs_queue_url,
+        settings.sqs_calls_in_flight,
+        pause=pause,
+    )
     body_deadline = BodyDeadline(settings.body_timeout_seconds)
 
     app = Flask(__name__, static_folder=None)

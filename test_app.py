@@ -213,8 +213,12 @@ class Service:
         return message
 
 
+def no_pause(seconds: float) -> None:
+    assert 0 < seconds < 1
+
+
 def client_of(settings: app.Settings, ssm: Any, sqs: Any) -> FlaskClient:
-    return app.create_app(settings, ssm=ssm, sqs=sqs).test_client(use_cookies=False)
+    return app.create_app(settings, ssm, sqs, no_pause).test_client(use_cookies=False)
 
 
 @pytest.fixture
@@ -1889,7 +1893,7 @@ def test_message_for_a_standard_queue_has_neither_group_nor_deduplication_id(
 
 def test_publisher_gives_the_message_id_of_sqs(aws: SimpleNamespace) -> None:
     service = Service(aws)
-    publisher = app.Publisher(aws.sqs, service.queue_url)
+    publisher = app.Publisher(aws.sqs, service.queue_url, 8)
     given = publisher.publish(app.Message(body="{}", request_id="r-1"))
     assert given == service.only_message()["MessageId"]
 
@@ -1907,6 +1911,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         gunicorn_threads=2,
         max_request_bytes=2_097_152,
         body_timeout_seconds=5,
+        sqs_calls_in_flight=8,
         token_cache_seconds=60,
         log_level="INFO",
     )
@@ -1940,6 +1945,7 @@ GOOD_SETTINGS: list[tuple[str, str, Any]] = [
     ("GUNICORN_THREADS", "256", 256),
     ("MAX_REQUEST_BYTES", "1", 1),
     ("BODY_TIMEOUT_SECONDS", "1.5", 1.5),
+    ("SQS_CALLS_IN_FLIGHT", "64", 64),
     ("TOKEN_CACHE_SECONDS", "3600", 3600),
     ("LOG_LEVEL", "DEBUG", "DEBUG"),
     ("LOG_LEVEL", "ERROR", "ERROR"),
@@ -1966,6 +1972,7 @@ BAD_SETTINGS = [
     ("GUNICORN_THREADS", [*NO_NUMBERS, "257", "1.5"]),
     ("MAX_REQUEST_BYTES", [*NO_NUMBERS, "1073741825", "2MB", "1.5"]),
     ("BODY_TIMEOUT_SECONDS", [*NO_NUMBERS, "61", "0.99", "5s", "."]),
+    ("SQS_CALLS_IN_FLIGHT", [*NO_NUMBERS, "65", "1.5"]),
     ("TOKEN_CACHE_SECONDS", [*NO_NUMBERS, "3601", "0.99", "1m"]),
     ("LOG_LEVEL", ["x", "TRACE", "10", "INFO DEBUG"]),
 ]
@@ -2095,9 +2102,9 @@ def test_health_checks_are_logged_at_debug_only(
 @pytest.mark.parametrize(
     ("level", "levels"),
     [
-        ("DEBUG", ["DEBUG", "INFO", "ERROR", "ERROR"]),
-        ("INFO", ["INFO", "ERROR", "ERROR"]),
-        ("WARNING", ["ERROR", "ERROR"]),
+        ("DEBUG", ["DEBUG", "INFO", "WARNING", "WARNING", "ERROR", "ERROR"]),
+        ("INFO", ["INFO", "WARNING", "WARNING", "ERROR", "ERROR"]),
+        ("WARNING", ["WARNING", "WARNING", "ERROR", "ERROR"]),
         ("ERROR", ["ERROR", "ERROR"]),
     ],
 )
