@@ -819,7 +819,7 @@ class Publisher:
                     # The queue's limit may have been lowered since it was read.
                     too_large = "must be shorter than" in cause
                     outcome = Refusal("message_too_large" if too_large else "queue_unavailable")
-                pending.outcome = pending.outcome or outcome  # it may have given up
+                pending.outcome = outcome
                 self._rouse(pending)
         for (cause, retried), count in failures.items():
             level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")

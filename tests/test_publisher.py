@@ -253,7 +253,7 @@ STEPS = st.one_of(
 )
 @given(
     steps=st.lists(STEPS, min_size=5, max_size=60),
-    burst=st.integers(0, 25),
+    burst=st.sampled_from([0, 0, 3, 12, 25, 40]),
     calls=st.sampled_from([1, 2, 8]),
     fifo=st.booleans(),
     seconds=st.sampled_from([60, 60, 60, 0]),
@@ -469,6 +469,40 @@ def test_request_whose_time_ends_while_another_sends_its_message_gets_503() -> N
     assert len(bodies(call)) == 2
     requests.end_all()
     assert outcomes(requests) == "ssq"
+    assert_kept(requests)
+
+
+def test_message_whose_time_ends_in_the_pause_before_the_next_attempt_is_not_sent_again() -> None:
+    requests = Requests(calls=1, seconds=0.2)
+    submit_many(requests, 3)
+    requests.end_call()
+    requests.publisher._pause = lambda _: requests.threads[2].join(20)
+    requests.end_call(failure="no answer")
+    requests.end_all()
+    assert outcomes(requests) == "ssq"
+    assert sizes(requests) == [1, 2, 1]
+
+
+def test_request_that_is_handed_a_batch_in_the_moment_when_its_time_ends_sends_it() -> None:
+    requests = Requests(calls=1, seconds=0.1)
+    give_up, out_of_time = requests.publisher._give_up, threading.Barrier(4)
+
+    def give_up_late(pending: app.Pending) -> None:
+        out_of_time.wait(20)  # all three are,
+        out_of_time.wait(20)  # and the batch was handed on
+        give_up(pending)
+
+    requests.publisher._give_up = give_up_late  # type: ignore[method-assign]
+    submit_many(requests, 4)
+    out_of_time.wait(20)
+    requests.queue.calls[0].end.set()
+    requests.threads[0].join(20)
+    out_of_time.wait(20)
+    for thread in requests.threads[2:]:
+        thread.join(20)
+    requests.settle()
+    requests.end_all()
+    assert outcomes(requests) == "ssqq"
     assert_kept(requests)
 
 
