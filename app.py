@@ -21,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -223,22 +222,25 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
         return {**body, "errors": self.errors} if self.errors else body
 
 
+_is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+
+
 def request_id_of(offered: str) -> str:
-    """The caller's request id when it is well-formed, otherwise a new one."""
-    return offered if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", offered) else uuid.uuid4().hex
+    """The caller's request id when it is well-formed, otherwise a new one.
+
+    It is no secret, so it need not cost a system call.
+    """
+    return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
 
 
-def record_answer(
-    method: str, path: str, client: str, status: int, request_id: str, **more: Any
-) -> None:
+def record_answer(path: str, status: int, **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
-    REQUESTS.labels(more.get("error") or "success").inc()
+    REQUESTS.labels(line.get("error") or "success").inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
-        line = {"request_id": request_id, "client": client, "method": method, "path": path}
-        line |= {name: value for name, value in more.items() if value is not None}
-        log.log(level, "request", extra={**line, "status": status})
+        line = {name: value for name, value in line.items() if value is not None}
+        log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
 # --- Reading the body -----------------------------------------------------------------------------
@@ -299,8 +301,8 @@ def read_body(limit: int, deadline: BodyDeadline) -> bytes:
     Raises Refusal: request_too_large, request_timeout, or invalid_json for a body that breaks off.
     """
     g.body_read = True
-    stream, declared = request.environ["wsgi.input"], request.content_length
-    sock = request.environ.get("gunicorn.socket")
+    environ, declared = request.environ, request.content_length
+    stream, sock = environ["wsgi.input"], environ.get("gunicorn.socket")
     too_large, body, whole, late = (declared or 0) > limit, b"", True, False
     if sock:
         deadline.start(sock)
@@ -669,11 +671,11 @@ class Publisher:
     write of a database's log: a message that finds no call under way goes at once, those that come
     meanwhile wait and go together in the next. There is no timer and no thread: the request of a
     batch's first message makes the call, gives every other its result, and hands the next batch on.
+    Further calls start while one is under way if a full batch waits, or a request in every thread
+    of the worker, so that none could join.
     """
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
-    # Two calls at once, so that a few messages do not wait for each other; more for full batches.
-    CALLS_NOT_FULL = 2
     ATTEMPTS = 3
     SECONDS = 5.0  # for a message to wait and to be tried again; a call then under way still ends
 
@@ -682,6 +684,7 @@ class Publisher:
         sqs: Any,
         queue_url: str,
         calls_in_flight: int,
+        threads: int,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = random.random,
@@ -692,12 +695,14 @@ class Publisher:
         self._calls_in_flight = (
             1 if self._fifo else calls_in_flight
         )  # one after the other, in order
+        self._threads = threads
         self._clock = clock
         self._pause = pause
         self._jitter = jitter
         self._lock = threading.Lock()
         self._waiting: deque[Pending] = deque()
-        self._under_way = 0  # calls
+        self._under_way = 0  # calls,
+        self._in_flight = 0  # with as many messages
         self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
         self.problem: str | None = "the queue was not asked for yet"
 
@@ -743,9 +748,9 @@ class Publisher:
 
     def _start_call(self) -> None:
         """Hand the next batch to the request of its first message, if a call may start. Locked."""
-        full = len(self._waiting) >= self.MAX_ENTRIES
-        calls = self._calls_in_flight if full else min(self._calls_in_flight, self.CALLS_NOT_FULL)
-        if not self._waiting or self._under_way >= calls:
+        waiting = len(self._waiting)
+        full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
+        if not waiting or self._under_way >= (self._calls_in_flight if full else 1):
             return
         batch, size = [self._waiting.popleft()], 0
         while self._waiting and len(batch) < self.MAX_ENTRIES:
@@ -755,6 +760,7 @@ class Publisher:
                 break
             batch.append(self._waiting.popleft())
         self._under_way += 1
+        self._in_flight += len(batch)
         batch[0].call = batch
         self._rouse(batch[0])
 
@@ -776,6 +782,7 @@ class Publisher:
                 # In front, in their order; without those whose request has given up meanwhile.
                 self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
                 self._under_way -= 1
+                self._in_flight -= len(batch)
                 self._start_call()
 
     def _call(self, batch: list[Pending]) -> list[str | Exception]:
@@ -906,6 +913,7 @@ def create_app(
         sqs or aws_client("sqs", settings),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
+        settings.gunicorn_threads,
         pause=pause,
     )
     body_deadline = BodyDeadline(settings.body_timeout_seconds)
@@ -926,19 +934,20 @@ def create_app(
         if not isinstance(token, str) or not tokens.accepts(token):
             raise Refusal("invalid_token")
         validate_data(members.get("data"))
-        g.message_id = publisher.publish(
+        line, environ = g.line, request.environ
+        line["message_id"] = publisher.publish(
             Message(
                 body=ascii_json(data_text),
-                request_id=g.request_id,
-                idempotency_key=request.headers.get("Idempotency-Key", "").strip(),
-                trace_header=trace_header_of(request.headers.get("X-Amzn-Trace-Id", "")),
+                request_id=line["request_id"],
+                idempotency_key=environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
+                trace_header=trace_header_of(environ.get("HTTP_X_AMZN_TRACE_ID", "")),
             )
         )
         return json_response(
             {
                 "status": "success",
                 "message": "Email data processed and queued",
-                "message_id": g.message_id,
+                "message_id": line["message_id"],
             }
         )
 
@@ -1005,42 +1014,48 @@ def create_app(
             refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
             refusal = Refusal("internal_error")
-            log.error("unforeseen error", exc_info=error, extra={"request_id": g.request_id})
+            log.error(
+                "unforeseen error", exc_info=error, extra={"request_id": g.line["request_id"]}
+            )
         if refusal.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-        g.error = refusal.code
-        response = json_response(refusal.body(g.request_id), refusal.status)
+        g.line["error"] = refusal.code
+        response = json_response(refusal.body(g.line["request_id"]), refusal.status)
         response.headers.update(headers)
         return response
 
+    # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
+
     @app.before_request
     def begin() -> None:
+        environ = request.environ
+        # The request's log line, gathered on the way.
+        g.line = {"request_id": request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))}
         g.started = time.perf_counter()
-        g.request_id = request_id_of(request.headers.get("X-Request-Id", ""))
-        if not re.match("/(?!/)", request.environ["PATH_INFO"]):
+        if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
 
     @app.after_request
     def finish(response: Response) -> Response:
+        environ, line = request.environ, g.line
         if "body_read" not in g and (
-            request.content_length or "Transfer-Encoding" in request.headers
+            environ.get("CONTENT_LENGTH") or "HTTP_TRANSFER_ENCODING" in environ
         ):
             # Unread bytes would be taken for the next request on this connection.
             with suppress(Refusal):
                 read_body(0, body_deadline)
-        response.headers["X-Request-Id"] = g.request_id
-        forwarded = request.headers.get("X-Forwarded-For", "")
+        response.headers["X-Request-Id"] = line["request_id"]
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
+        duration = time.perf_counter() - g.started
         record_answer(
-            request.method,
-            request.path,
+            method=environ["REQUEST_METHOD"],
+            path=request.path,
             # The ALB appends the address that it saw; what is left of it is the caller's word.
-            forwarded.rpartition(",")[2].strip() or request.remote_addr or "",
-            response.status_code,
-            g.request_id,
-            trace_id=request.headers.get("X-Amzn-Trace-Id"),
-            error=g.get("error"),
-            duration_ms=round((time.perf_counter() - g.started) * 1000, 2),
-            message_id=g.get("message_id"),
+            client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
+            status=response.status_code,
+            trace_id=environ.get("HTTP_X_AMZN_TRACE_ID"),
+            duration_ms=round(duration * 1000, 2),
+            **line,
         )
         return response
 

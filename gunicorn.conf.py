@@ -128,11 +128,11 @@ def refuse_unreadable_request(
     with suppress(OSError):  # the client may have gone
         client.sendall(head.encode() + body)
     app.record_answer(
-        getattr(req, "method", ""),
-        getattr(req, "path", ""),
-        addr[0] if addr else "",
-        refusal.status,
-        request_id,
+        method=getattr(req, "method", ""),
+        path=getattr(req, "path", ""),
+        client=addr[0] if addr else "",
+        status=refusal.status,
+        request_id=request_id,
         error=refusal.code,
         cause=type(exc).__name__,
     )

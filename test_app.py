@@ -1893,7 +1893,7 @@ def test_message_for_a_standard_queue_has_neither_group_nor_deduplication_id(
 
 def test_publisher_gives_the_message_id_of_sqs(aws: SimpleNamespace) -> None:
     service = Service(aws)
-    publisher = app.Publisher(aws.sqs, service.queue_url, 8)
+    publisher = app.Publisher(aws.sqs, service.queue_url, 8, 2)
     given = publisher.publish(app.Message(body="{}", request_id="r-1"))
     assert given == service.only_message()["MessageId"]
 
@@ -2237,5 +2237,5 @@ def test_record_answer_counts_once(client: FlaskClient, error: str | None) -> No
 
     reading = 0 if error else 1  # each reading of the metrics is itself a success
     before = count()
-    app.record_answer("POST", "/process", "203.0.113.7", 200, "r-1", error=error)
+    app.record_answer("/process", 200, request_id="r-1", error=error)
     assert count() == before + 1 + reading

@@ -116,13 +116,16 @@ class Queue:
 class Requests:
     """Requests that publish, each in a thread of its own."""
 
-    def __init__(self, calls: int = 8, fifo: bool = False, seconds: float = 60) -> None:
+    def __init__(
+        self, calls: int = 8, fifo: bool = False, seconds: float = 60, threads: int = 1000
+    ) -> None:
         self.queue = Queue()
         self.now = 0.0
         self.publisher = app.Publisher(
             self.queue,
             QUEUE + (".fifo" if fifo else ""),
             calls,
+            threads,
             clock=self.clock,
             pause=lambda _: None,
             jitter=lambda: 0.5,
@@ -220,7 +223,7 @@ def assert_kept(requests: Requests) -> None:
             assert len({entry["Id"] for entry in call.entries}) == len(entries)
     attempts = Counter(body for call in queue.made for body in bodies(call))
     assert max(attempts.values(), default=0) <= app.Publisher.ATTEMPTS
-    assert requests.publisher._under_way == 0
+    assert requests.publisher._under_way == requests.publisher._in_flight == 0
     assert not requests.publisher._waiting
 
 
@@ -255,13 +258,14 @@ STEPS = st.one_of(
     steps=st.lists(STEPS, min_size=5, max_size=60),
     burst=st.sampled_from([0, 0, 3, 12, 25, 40]),
     calls=st.sampled_from([1, 2, 8]),
+    threads=st.sampled_from([2, 12, 100]),
     fifo=st.booleans(),
     seconds=st.sampled_from([60, 60, 60, 0]),
 )
 def test_any_interleaving_and_any_failures_keep_every_promise(
-    steps: list[Any], burst: int, calls: int, fifo: bool, seconds: float
+    steps: list[Any], burst: int, calls: int, threads: int, fifo: bool, seconds: float
 ) -> None:
-    requests = Requests(calls, fifo, seconds)
+    requests = Requests(calls, fifo, seconds, threads)
     for _ in range(burst):
         requests.submit()
     for kind, *arguments in steps:
@@ -309,21 +313,37 @@ def test_message_that_finds_no_call_under_way_goes_at_once_by_send_message() -> 
 @pytest.mark.parametrize(
     ("calls", "fifo", "messages", "made"),
     [
-        (8, False, 2, [1, 1]),
-        (8, False, 11, [1, 1]),
-        (8, False, 12, [1, 1, 10]),
-        (8, False, 62, [1, 1, 10, 10, 10, 10, 10, 10]),
-        (8, False, 99, [1, 1, 10, 10, 10, 10, 10, 10]),
-        (2, False, 30, [1, 1]),
+        (8, False, 10, [1]),
+        (8, False, 11, [1, 10]),
+        (8, False, 20, [1, 10]),
+        (8, False, 71, [1, 10, 10, 10, 10, 10, 10, 10]),
+        (8, False, 99, [1, 10, 10, 10, 10, 10, 10, 10]),
+        (2, False, 30, [1, 10]),
         (1, False, 30, [1]),
         (8, True, 30, [1]),
     ],
 )
-def test_two_calls_start_at_once_and_more_only_for_full_batches_up_to_the_limit(
+def test_further_calls_start_for_full_batches_up_to_the_limit(
     calls: int, fifo: bool, messages: int, made: list[int]
 ) -> None:
     requests = Requests(calls, fifo)
     submit_many(requests, messages)
+    assert sizes(requests) == made
+    requests.end_all()
+    assert_kept(requests)
+
+
+@pytest.mark.parametrize(
+    ("threads", "messages", "made"),
+    [(1, 1, [1]), (2, 2, [1, 1]), (3, 3, [1, 2]), (8, 8, [1, 7]), (12, 12, [1, 10, 1])],
+)
+def test_further_call_starts_when_every_thread_has_a_message_so_that_none_could_join(
+    threads: int, messages: int, made: list[int]
+) -> None:
+    requests = Requests(threads=threads)
+    submit_many(requests, messages - 1)
+    assert sizes(requests) == made[:-1] or threads == 1
+    requests.submit()
     assert sizes(requests) == made
     requests.end_all()
     assert_kept(requests)
