@@ -19,6 +19,7 @@ from typing import Any
 
 import boto3
 import pytest
+from fake_aws import FakeAws
 from moto.server import ThreadedMotoServer
 
 PROJECT = Path(__file__).parent.parent
@@ -298,6 +299,20 @@ def aws() -> Iterator[Aws]:
         ssm.put_parameter(Name=PARAMETER, Value=TOKEN, Type="SecureString")
         queue_url = sqs.create_queue(QueueName="dev-CP-queue")["QueueUrl"]
         yield Aws(endpoint, sqs, queue_url)
+
+
+@pytest.fixture(scope="session")
+def fake_process() -> Iterator[FakeAws]:
+    with FakeAws() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(fake_process: FakeAws) -> FakeAws:
+    """An AWS that fails on command and knows what it took; healthy and empty at first."""
+    fake_process.set(latency_ms=8, faults={}, parameters={PARAMETER: TOKEN})
+    fake_process.forget()
+    return fake_process
 
 
 StartService = Callable[..., Service]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import signal
@@ -34,6 +35,7 @@ from conftest import (
     post_head,
     request_head,
 )
+from fake_aws import FakeAws
 
 import app
 
@@ -405,6 +407,42 @@ class Silence:
         except BlockingIOError:
             return False
         return True
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two cores",
+)
+@pytest.mark.parametrize(("workers", "one_core"), [(1, True), (2, False)])
+def test_a_single_worker_keeps_to_one_core_and_several_use_all(
+    start_service: StartService, workers: int, one_core: bool
+) -> None:
+    with start_service(GUNICORN_WORKERS=str(workers)) as service:
+        assert service.get("/health").status == 200
+        pids = service.workers()
+        assert len(pids) == workers
+        for pid in pids:
+            cores = os.sched_getaffinity(pid)
+            assert len(cores) == 1 if one_core else cores == os.sched_getaffinity(0)
+
+
+def test_concurrent_requests_share_calls_and_each_gets_the_id_of_its_own_message(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    profile = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "32"}
+    with start_service(**fake.environment(), **profile) as service:
+
+        def ask(number: int) -> Answer:
+            return service.ask(post(BODY, f"X-Request-Id: r-{number}", "Connection: close"))
+
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(ask, range(300)))
+    assert {answer.status for answer in answers} == {200}
+    given = {answer.json["message_id"]: answer.headers["X-Request-Id"] for answer in answers}
+    messages = fake.messages()
+    assert len(messages) == 300
+    assert given == {m["message_id"]: m["attributes"]["RequestId"] for m in messages}
+    assert fake.counts()["calls"]["SendMessageBatch"] < 150
 
 
 def test_nothing_is_asked_of_aws_and_no_thread_started_before_the_first_request(
