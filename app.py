@@ -35,11 +35,12 @@ import boto3
 import prometheus_client
 import yaml
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-from flask import Flask, Response, g, request
+from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from flask import Flask, Request, Response, g, request
 from gunicorn.http.errors import ParseException
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.routing import MapAdapter
 
 SERVICE = "email-processor"
 VERSION = "1.0.0"
@@ -163,8 +164,8 @@ def logging_config(level: str) -> dict[str, Any]:
         "root": {"level": "INFO", "handlers": ["stdout"]},
         "loggers": {
             "email_processor": {"level": level},
-            "gunicorn.error": {"level": "INFO"},
-            "gunicorn.access": {"level": "INFO"},
+            # Gunicorn takes its own logger out of the tree.
+            "gunicorn.error": {"level": "INFO", "propagate": True},
             "botocore": {"level": "WARNING"},
         },
     }
@@ -281,7 +282,7 @@ class BodyDeadline:
 
     def end_overdue(self) -> None:
         now = self._clock()
-        for sock, end in list(self._ends.items()):
+        for sock, end in self._ends.copy().items():
             if now >= end and self._ends.pop(sock, None) is not None:
                 with suppress(OSError):  # the client may have gone already
                     sock.shutdown(socket.SHUT_RD)
@@ -303,7 +304,7 @@ def read_body(limit: int, deadline: BodyDeadline) -> bytes:
     g.body_read = True
     environ, declared = request.environ, request.content_length
     stream, sock = environ["wsgi.input"], environ.get("gunicorn.socket")
-    too_large, body, whole, late = (declared or 0) > limit, b"", True, False
+    too_large, body = (declared or 0) > limit, b""
     if sock:
         deadline.start(sock)
     try:
@@ -315,12 +316,9 @@ def read_body(limit: int, deadline: BodyDeadline) -> bytes:
         whole = too_large or len(body) >= (declared or 0)
     except (OSError, ParseException):  # reset, broken off, or malformed chunks
         whole = False
-    finally:
-        late = deadline.stop(sock) if sock else False
-    if late and declared is None:
-        whole = (
-            False  # nothing tells whether the end that was read is the client's or the deadline's
-        )
+    late = deadline.stop(sock) if sock else False
+    # Without a declared length, nothing tells whether the end is the client's or the deadline's.
+    whole = whole and not (late and declared is None)
     if late or not whole:
         # gunicorn.conf.py provides it: no further request can be read from this connection.
         getattr(stream, "force_close", lambda: None)()
@@ -353,10 +351,7 @@ _to_value = re.compile(r"\s*:\s*").match
 
 
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
-    """The members of the request's JSON object, and the source text of its member "data".
-
-    Raises Refusal invalid_json.
-    """
+    """The members of the request's JSON object, and its text. Raises Refusal invalid_json."""
     try:
         text = body.decode("utf-8")
         members = _decoder.decode(text)
@@ -372,11 +367,11 @@ def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
         raise Refusal("invalid_json", f"The request body is not JSON: {error}.") from None
     if not isinstance(members, dict):
         raise Refusal("invalid_json", "The request body is not a JSON object.")
-    return members, _data_text(text)
+    return members, text
 
 
-def _data_text(text: str) -> str:
-    """Where "data" stands in the text of a JSON object.
+def data_text(text: str) -> str:
+    """The source text of the member "data", in the text of a JSON object.
 
     That goes into the queue: the parsed value, written out again, would have 1.1 for 1.10 and
     Infinity for 1e400.
@@ -448,8 +443,8 @@ def timestamp_rule(value: Any) -> str | None:
 def aws_client(service: str, settings: Settings) -> Any:
     """A boto3 client. It opens no connection until its first call, so a fork may follow.
 
-    An attempt ends within 1 s to connect and 2 s to read. SSM gets two of them, SQS one: the
-    publisher has retries of its own, for each message of a batch.
+    An attempt may take 1 s to connect and 2 s (SQS: 1.5 s) without a byte of the answer. SSM gets
+    two of them, SQS one: the publisher has retries of its own, for each message of a batch.
     """
     publishes = service == "sqs"
     return boto3.client(
@@ -457,7 +452,7 @@ def aws_client(service: str, settings: Settings) -> Any:
         region_name=settings.aws_region,
         config=Config(
             connect_timeout=1,
-            read_timeout=2,
+            read_timeout=1.5 if publishes else 2,
             retries={"mode": "standard", "total_max_attempts": 1 if publishes else 2},
             max_pool_connections=max(settings.gunicorn_threads, settings.sqs_calls_in_flight),
             tcp_keepalive=True,
@@ -477,7 +472,10 @@ def cause_of(error: Exception) -> str:
 
 
 def detail_of(error: Exception) -> str:
-    """The cause for the log. Only these two say nothing of an answer, which may hold a token."""
+    """The cause for the log: AWS's text, which names principal and resource but quotes no token.
+
+    The text of any other exception may quote the answer that made botocore fail.
+    """
     return str(error) if isinstance(error, ClientError | BotoCoreError) else cause_of(error)
 
 
@@ -664,6 +662,44 @@ class Pending:
     wake: threading.Lock = field(default_factory=threading.Lock)  # released when one of both is set
 
 
+class Circuit:
+    """Whether SQS is known to be down, so that requests are refused at once instead of waiting.
+
+    It opens when a call runs out of time, or when FAILURES calls in a row fail in some other way
+    that may pass, and closes with the first answer. While it is open, one message at a time is
+    sent all the same, PROBE_SECONDS after the last such try, to find out whether SQS is back.
+    """
+
+    # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.
+    FAILURES = 10
+    PROBE_SECONDS = 0.25
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures = 0
+        self._opened_at = self._probe_at = 0.0
+        self.open = False
+
+    def may_probe(self) -> bool:
+        return self._clock() >= self._probe_at
+
+    def answered(self) -> None:
+        self._failures = 0
+        if self.open:
+            self.open = False
+            seconds = round(self._clock() - self._opened_at, 1)
+            log.warning("SQS is back", extra={"seconds": seconds})
+
+    def failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._probe_at = self._clock() + self.PROBE_SECONDS
+        timed_out = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
+        if not self.open and (timed_out or self._failures >= self.FAILURES):
+            self.open = True
+            self._opened_at = self._clock()
+            log.error("SQS is down; refused until it answers", extra={"cause": detail_of(error)})
+
+
 class Publisher:
     """Puts messages into the queue, those that arrive together in one call.
 
@@ -703,23 +739,31 @@ class Publisher:
         self._waiting: deque[Pending] = deque()
         self._under_way = 0  # calls,
         self._in_flight = 0  # with as many messages
+        self._circuit = Circuit(clock)
+        self._check_lock = threading.Lock()
         self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
-        self.problem: str | None = "the queue was not asked for yet"
+        self.problem: str | None = None  # why it was not seen
 
     def check_queue(self) -> None:
         """See the queue once and learn its size limit. Raises Refusal queue_unavailable."""
         if self._max_bytes:
             return
+        # One thread asks. The others wait for it, unless the queue is known to be out of reach.
+        if not self._check_lock.acquire(blocking=self.problem is None):
+            raise Refusal("queue_unavailable")
         try:
-            answer = self._sqs.get_queue_attributes(
-                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
-            )
-            self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
-            self.problem = None
+            if not self._max_bytes:
+                answer = self._sqs.get_queue_attributes(
+                    QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
+                )
+                self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
+                self.problem = None
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not seen", extra={"cause": detail_of(error)})
             raise Refusal("queue_unavailable") from error
+        finally:
+            self._check_lock.release()
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
@@ -734,6 +778,8 @@ class Publisher:
         pending = Pending(entry, size, self._clock() + self.SECONDS)
         pending.wake.acquire()
         with self._lock:
+            if self._circuit.open and (self._under_way or not self._circuit.may_probe()):
+                raise Refusal("queue_unavailable")
             self._waiting.append(pending)
             self._start_call()
         while pending.outcome is None:
@@ -750,7 +796,8 @@ class Publisher:
         """Hand the next batch to the request of its first message, if a call may start. Locked."""
         waiting = len(self._waiting)
         full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
-        if not waiting or self._under_way >= (self._calls_in_flight if full else 1):
+        several = full and not self._circuit.open
+        if not waiting or self._under_way >= (self._calls_in_flight if several else 1):
             return
         batch, size = [self._waiting.popleft()], 0
         while self._waiting and len(batch) < self.MAX_ENTRIES:
@@ -777,8 +824,7 @@ class Publisher:
             with self._lock:
                 for pending in batch:
                     if pending not in again and pending.outcome is None:  # this thread is dying
-                        pending.outcome = Refusal("queue_unavailable")
-                        self._rouse(pending)
+                        self._end(pending, Refusal("queue_unavailable"))
                 # In front, in their order; without those whose request has given up meanwhile.
                 self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
                 self._under_way -= 1
@@ -810,6 +856,8 @@ class Publisher:
         refused_as_one = len(batch) > 1 and all(result is results[0] for result in results)
         again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
         with self._lock:
+            # What sees SQS go down is tried once more, as the probe; what then fails is not.
+            may_retry = not self._circuit.open
             for pending, result in zip(batch, results, strict=True):
                 pending.attempts += 1
                 if isinstance(result, str):
@@ -817,8 +865,8 @@ class Publisher:
                 else:
                     temporary, cause = is_temporary(result), detail_of(result)
                     pending.alone = refused_as_one and not temporary
-                    may_retry = pending.attempts < self.ATTEMPTS and now < pending.deadline
-                    retried = (temporary or pending.alone) and may_retry
+                    in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
+                    retried = (temporary or pending.alone) and in_time and may_retry
                     failures[cause, retried] += 1
                     if retried:
                         again.append(pending)
@@ -826,18 +874,32 @@ class Publisher:
                     # The queue's limit may have been lowered since it was read.
                     too_large = "must be shorter than" in cause
                     outcome = Refusal("message_too_large" if too_large else "queue_unavailable")
-                pending.outcome = outcome
-                self._rouse(pending)
+                self._end(pending, outcome)
+            self._judge(results)
         for (cause, retried), count in failures.items():
             level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
             log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
         return again
 
+    def _judge(self, results: list[str | Exception]) -> None:
+        """Tell the circuit how a call ended; when it opens, nobody waits any longer. Locked."""
+        failures = [r for r in results if isinstance(r, Exception) and is_temporary(r)]
+        if len(failures) < len(results):
+            self._circuit.answered()
+        else:
+            self._circuit.failed(failures[0])
+        while self._circuit.open and self._waiting:
+            self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
+
+    def _end(self, pending: Pending, outcome: str | Refusal) -> None:
+        pending.outcome = outcome
+        self._rouse(pending)
+
     def _give_up(self, pending: Pending) -> None:
         """Its time is over; if it waits in a batch that is being sent, it may be in the queue."""
         with self._lock:
             if pending.outcome is None and pending.call is None:
-                pending.outcome = Refusal("queue_unavailable")
+                self._end(pending, Refusal("queue_unavailable"))
                 with suppress(ValueError):
                     self._waiting.remove(pending)
                 log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
@@ -892,10 +954,23 @@ def metrics_text() -> bytes:
     return prometheus_client.generate_latest(registry)
 
 
+class Service(Flask):
+    """Flask, with routes found by path and method alone.
+
+    Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
+    """
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        if request is None:
+            return None
+        return self.url_map.bind("", path_info=request.path, default_method=request.method)
+
+
 def create_app(
     settings: Settings | None = None,
     ssm: Any = None,
     sqs: Any = None,
+    clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> Flask:
     """The WSGI application.
@@ -908,17 +983,19 @@ def create_app(
         ssm or aws_client("ssm", settings),
         settings.token_ssm_parameter,
         settings.token_cache_seconds,
+        clock,
     )
     publisher = Publisher(
         sqs or aws_client("sqs", settings),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
         settings.gunicorn_threads,
-        pause=pause,
+        clock,
+        pause,
     )
     body_deadline = BodyDeadline(settings.body_timeout_seconds)
 
-    app = Flask(__name__, static_folder=None)
+    app = Service(__name__, static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
@@ -927,7 +1004,7 @@ def create_app(
         body = read_body(settings.max_request_bytes, body_deadline)
         if not request.is_json:
             raise Refusal("unsupported_media_type")
-        members, data_text = parse_request(body)
+        members, text = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
             raise Refusal("token_required")
@@ -937,7 +1014,7 @@ def create_app(
         line, environ = g.line, request.environ
         line["message_id"] = publisher.publish(
             Message(
-                body=ascii_json(data_text),
+                body=ascii_json(data_text(text)),
                 request_id=line["request_id"],
                 idempotency_key=environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
                 trace_header=trace_header_of(environ.get("HTTP_X_AMZN_TRACE_ID", "")),
@@ -960,13 +1037,13 @@ def create_app(
     def ready() -> Response:
         if not tokens.ready:
             tokens.refresh_if_old()
-        with suppress(Refusal):
-            publisher.check_queue()
         missing = {}
         if not tokens.ready:
             reason = tokens.problem or "SSM has no parameter of the configured name"
             missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
-        if publisher.problem:
+        try:
+            publisher.check_queue()
+        except Refusal:
             missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.problem}"
         if missing:
             raise Refusal(next(iter(missing)), "; ".join(missing.values()))

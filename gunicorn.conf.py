@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import struct
 import sys
 import tempfile
 import time
@@ -62,8 +64,19 @@ control_socket_disable = True
 # app.py writes a JSON line for each request.
 accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
+# As much as each header may have.
+limit_request_line = 8190
 # By default a SCRIPT_NAME header from loopback may rewrite the path.
 forwarder_headers = ""
+
+
+def when_ready(server: Any) -> None:
+    # No thread waits for a client that connects and sends nothing, nor longer than that for one
+    # that reads nothing; the connections inherit both.
+    for listener in server.LISTENERS:
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, keepalive)
+        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
 
 
 def post_fork(server: Any, worker: Any) -> None:

@@ -377,13 +377,23 @@ def test_batch_of_exactly_the_byte_limit_is_one_call() -> None:
 # --- Failures -------------------------------------------------------------------------------------
 
 
-def outcomes(requests: Requests) -> str:
-    """One letter for each request: s(ent), q(ueue_unavailable), m(essage_too_large), e(nded)."""
-    answers = [given for (given,) in requests.answers.values()]
+def outcomes_so_far(requests: Requests) -> str:
+    """One letter for each request: s(ent), q(ueue_unavailable), m(essage_too_large), e(nded); a
+    blank for one without an answer."""
     return "".join(
-        given.code[0] if isinstance(given, app.Refusal) else "s" if given[:3] == "id-" else "e"
-        for given in answers
+        given[0].code[0]
+        if given and isinstance(given[0], app.Refusal)
+        else {"id-": "s", "its": "e"}[given[0][:3]]
+        if given
+        else " "
+        for given in requests.answers.values()
     )
+
+
+def outcomes(requests: Requests) -> str:
+    found = outcomes_so_far(requests)
+    assert " " not in found
+    return found
 
 
 # Requests come while one call is under way, so all but the first share a batch. The results of its
@@ -411,7 +421,7 @@ def test_entry_that_fails_fails_alone(results: list[str], expected: str, made: l
     assert_kept(requests)
 
 
-@pytest.mark.parametrize("failure", ["server error", "throttled", "no answer"])
+@pytest.mark.parametrize("failure", ["server error", "throttled", "garbled"])
 def test_call_that_fails_is_made_three_times_for_all_its_messages(failure: str) -> None:
     requests = Requests(calls=1)
     submit_many(requests, 4)
@@ -532,6 +542,113 @@ def test_fifo_queue_gets_messages_in_the_order_of_their_requests() -> None:
     requests.end_call(failure="server error")
     requests.end_all()
     assert [body for body, _ in requests.queue.taken] == sent
+
+
+# --- Failing fast ---------------------------------------------------------------------------------
+
+
+def test_call_that_times_out_ends_the_waiting_and_is_tried_once_more_as_the_probe() -> None:
+    requests = Requests(calls=1)
+    submit_many(requests, 4)
+    requests.end_call(failure="no answer")
+    assert outcomes_so_far(requests) == " qqq"  # nobody waits for an SQS that may be down
+    assert sizes(requests) == [1, 1]
+    requests.end_call()
+    assert outcomes(requests) == "sqqq"
+    requests.submit()
+    requests.end_all()
+    assert outcomes(requests) == "sqqqs"  # one answer, and all is as before
+
+
+def down() -> Requests:
+    """SQS has timed out twice; the clock stands at 0."""
+    requests = Requests(calls=8, threads=2)
+    requests.submit()
+    requests.end_call(failure="no answer")
+    requests.end_call(failure="no answer")
+    assert outcomes(requests) == "q"
+    return requests
+
+
+def test_while_sqs_is_down_messages_are_refused_at_once_and_one_at_a_time_is_tried() -> None:
+    requests = down()
+    assert sizes(requests) == [1, 1]
+    requests.submit()
+    assert outcomes(requests) == "qq"
+    requests.now += app.Circuit.PROBE_SECONDS
+    requests.submit()
+    assert sizes(requests) == [1, 1, 1]
+    submit_many(requests, 2)
+    assert outcomes_so_far(requests) == "qq qq"
+    requests.end_call(failure="no answer")
+    assert outcomes(requests) == "qqqqq"  # the probe's request does not wait for another try
+    submit_many(requests, 2)
+    assert sizes(requests) == [1, 1, 1]
+    requests.now += app.Circuit.PROBE_SECONDS
+    requests.submit()
+    requests.end_call()
+    submit_many(requests, 2)
+    assert sizes(requests) == [1] * 6
+    requests.end_all()
+    assert outcomes(requests) == "qqqqqqqsss"
+    assert_kept(requests)
+
+
+@pytest.mark.parametrize(("answer", "sent"), [("denied", "q"), ("", "s")])
+def test_any_answer_of_sqs_ends_the_refusing(answer: str, sent: str) -> None:
+    requests = down()
+    requests.now += app.Circuit.PROBE_SECONDS
+    requests.submit()
+    requests.end_call(failure=answer)
+    requests.submit()
+    requests.end_all()
+    assert outcomes(requests) == f"q{sent}s"
+
+
+@pytest.mark.parametrize("failure", ["server error", "throttled", "garbled"])
+@pytest.mark.parametrize("failures", [9, 10])
+def test_ten_failed_calls_in_a_row_count_as_down(failure: str, failures: int) -> None:
+    requests = Requests()
+    for _ in range(failures // 3):
+        requests.submit()
+        for _ in range(3):
+            requests.end_call(failure=failure)
+    if failures % 3:
+        requests.submit()
+        requests.end_call(failure=failure)
+        requests.end_call(failure=failure)
+    else:
+        requests.submit()
+        requests.end_call()
+    before = len(requests.queue.made)
+    requests.submit()
+    assert (len(requests.queue.made) == before) == (failures == 10)
+    requests.end_all()
+
+
+def test_success_between_failures_keeps_the_circuit_closed() -> None:
+    requests = Requests()
+    for _ in range(20):
+        requests.submit()
+        requests.end_call(failure="server error")
+        requests.end_call()
+    assert outcomes(requests) == "s" * 20
+
+
+def test_going_down_and_coming_back_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    requests = down()
+    requests.now += 30
+    requests.submit()
+    requests.end_call()
+    logged = [(r.levelno, r.getMessage()) for r in caplog.records if "SQS is" in r.getMessage()]
+    assert logged == [
+        (logging.ERROR, "SQS is down; refused until it answers"),
+        (logging.WARNING, "SQS is back"),
+    ]
+    assert caplog.records[-1].seconds == 30  # type: ignore[attr-defined]
+
+
+# --- Logs -----------------------------------------------------------------------------------------
 
 
 def test_failed_calls_are_logged_once_each_with_cause_and_number_of_messages(
