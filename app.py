@@ -247,15 +247,12 @@ def record_answer(path: str, status: int, **line: Any) -> None:
 # --- Reading the body -----------------------------------------------------------------------------
 
 
-arrival = threading.local()  # its `time`: when this thread's request came, from gunicorn.conf.py
-
-
-class BodyDeadline:
-    """Ends the reading of request bodies that take longer than `seconds` in all.
+class RequestDeadline:
+    """Ends the reading of requests that take longer than `seconds` in all to arrive.
 
     A socket timeout would start again with each byte that trickles in, and Gunicorn's `timeout`
-    does not watch threads. So one thread a worker looks through the bodies being read, ten times a
-    second, and shuts the reading side of the overdue sockets: the blocked read then sees the end.
+    does not watch threads. So one thread a worker looks through the requests being read, ten times
+    a second, and shuts the reading side of the overdue sockets: the blocked read then sees the end.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -265,16 +262,21 @@ class BodyDeadline:
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def start(self, sock: socket.socket) -> None:
+    def start(self, sock: socket.socket, arrived: float | None = None) -> None:
+        """Watch a socket, unless it is watched already.
+
+        `arrived` is when the request came. It may have waited for a thread since, and that counts,
+        else slow requests in a row would hold the threads for one deadline after the other; but a
+        fifth is given in any case.
+        """
         if self._thread is None:  # not before the fork: a thread would stay behind in the master
             with self._start_lock:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._watch, daemon=True)
                     self._thread.start()
-        # A request that waited for a thread had that time too, but is given a fifth in any case.
         now = self._clock()
-        waited = now - getattr(arrival, "time", now)
-        self._ends[sock] = now + max(self._seconds - waited, self._seconds / 5)
+        waited = 0 if arrived is None else now - arrived
+        self._ends.setdefault(sock, now + max(self._seconds - waited, self._seconds / 5))
 
     def stop(self, sock: socket.socket) -> bool:
         """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
@@ -293,7 +295,7 @@ class BodyDeadline:
             self.end_overdue()
 
 
-def read_body(limit: int, deadline: BodyDeadline) -> bytes:
+def read_body(limit: int, deadline: RequestDeadline) -> bytes:
     """The body of the current request, of at most `limit` bytes.
 
     What is too long is read to its end and dropped: many clients read no answer before they have
@@ -993,15 +995,16 @@ def create_app(
         clock,
         pause,
     )
-    body_deadline = BodyDeadline(settings.body_timeout_seconds)
+    deadline = RequestDeadline(settings.body_timeout_seconds)
 
     app = Service(__name__, static_folder=None)
+    app.extensions["deadline"] = deadline  # gunicorn.conf.py starts it, before the head is read
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
     @app.post("/process")
     def process() -> Response:
-        body = read_body(settings.max_request_bytes, body_deadline)
+        body = read_body(settings.max_request_bytes, deadline)
         if not request.is_json:
             raise Refusal("unsupported_media_type")
         members, text = parse_request(body)
@@ -1120,7 +1123,7 @@ def create_app(
         ):
             # Unread bytes would be taken for the next request on this connection.
             with suppress(Refusal):
-                read_body(0, body_deadline)
+                read_body(0, deadline)
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
         duration = time.perf_counter() - g.started

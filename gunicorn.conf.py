@@ -96,19 +96,24 @@ def pre_request(worker: Any, req: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     worker.handle_error = types.MethodType(refuse_unreadable_request, worker)
-    # A body's time runs from when the request is there, not from when a thread is free for it:
-    # else slow bodies, waiting in turn, would hold the threads for one deadline after the other.
-    enqueue, handle = worker.enqueue_req, worker.handle
+    enqueue, handle, deadline = (
+        worker.enqueue_req,
+        worker.handle,
+        worker.wsgi.extensions["deadline"],
+    )
 
     def enqueue_req(conn: Any) -> None:
         conn.arrived = time.monotonic()
         enqueue(conn)
 
-    def handle_since_arrival(conn: Any) -> Any:
-        app.arrival.time = conn.arrived
-        return handle(conn)
+    def handle_in_time(conn: Any) -> Any:
+        deadline.start(conn.sock, conn.arrived)
+        try:
+            return handle(conn)
+        finally:
+            deadline.stop(conn.sock)
 
-    worker.enqueue_req, worker.handle = enqueue_req, handle_since_arrival
+    worker.enqueue_req, worker.handle = enqueue_req, handle_in_time
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -785,7 +785,7 @@ def test_body_in_time_is_200_and_leaves_the_connection_open() -> None:
 
 def test_deadline_ends_the_read_when_its_seconds_have_passed_and_not_before() -> None:
     clock = Clock()
-    deadline = app.BodyDeadline(5, clock)
+    deadline = app.RequestDeadline(5, clock)
     with connection() as (ours, clients):
         deadline.start(ours)
         clock.now += 4.999
@@ -800,7 +800,7 @@ def test_deadline_ends_the_read_when_its_seconds_have_passed_and_not_before() ->
 
 def test_deadline_watches_by_itself_and_counts_from_the_start_of_each_body() -> None:
     clock = Clock()
-    deadline = app.BodyDeadline(5, clock)
+    deadline = app.RequestDeadline(5, clock)
     with connection() as (first, _), connection() as (second, clients):
         deadline.start(first)
         clock.now += 3
@@ -815,7 +815,7 @@ def test_deadline_watches_by_itself_and_counts_from_the_start_of_each_body() -> 
 
 def test_deadline_leaves_a_body_alone_that_was_stopped_in_time() -> None:
     clock = Clock()
-    deadline = app.BodyDeadline(5, clock)
+    deadline = app.RequestDeadline(5, clock)
     with connection() as (ours, clients):
         deadline.start(ours)
         assert not deadline.stop(ours)
@@ -827,7 +827,7 @@ def test_deadline_leaves_a_body_alone_that_was_stopped_in_time() -> None:
 
 def test_deadline_survives_a_client_that_has_gone() -> None:
     clock = Clock()
-    deadline = app.BodyDeadline(5, clock)
+    deadline = app.RequestDeadline(5, clock)
     with connection() as (gone, _), connection() as (ours, _):
         deadline.start(gone)
         deadline.start(ours)
@@ -838,7 +838,7 @@ def test_deadline_survives_a_client_that_has_gone() -> None:
 
 
 def test_deadline_watches_many_bodies_with_one_thread() -> None:
-    deadline, before = app.BodyDeadline(5, Clock()), threading.active_count()
+    deadline, before = app.RequestDeadline(5, Clock()), threading.active_count()
     sockets = [socket.socket() for _ in range(8)]
     for sock in sockets:
         deadline.start(sock)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -176,6 +176,26 @@ def test_trickled_body_is_408_at_the_deadline(hasty: Service, head: bytes, part:
         answer = client.send(head).trickle(part)
         assert (answer.status, answer.error) == (408, "request_timeout")
         assert DEADLINE - 0.1 <= time.monotonic() - begin < DEADLINE + 1
+
+
+@pytest.mark.parametrize("part", [b"", b"x"], ids=["stalled", "trickled"])
+@pytest.mark.parametrize(
+    "head", [b"POST /process HTTP/1.1\r\nHost: ", b"POST"], ids=["half", "word"]
+)
+def test_head_that_does_not_end_closes_the_connection_at_the_deadline(
+    hasty: Service, head: bytes, part: bytes
+) -> None:
+    begin = time.monotonic()
+    with hasty.connect() as client:
+        client.send(head)
+        client.sock.settimeout(0.1)
+        end = None
+        while end is None and time.monotonic() - begin < DEADLINE + 2:
+            with suppress(TimeoutError, BrokenPipeError):
+                client.sock.sendall(part)
+                end = client.sock.recv(1)
+    assert end == b""
+    assert DEADLINE - 0.1 <= time.monotonic() - begin < DEADLINE + 1
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/health"])
