@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 import app
 
 README = (app.PROJECT / "README.md").read_text("utf-8")
+BENCH_RESULTS = (app.PROJECT / "bench/RESULTS.md").read_text("utf-8")
 OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_text("utf-8"))
 
 
@@ -108,6 +109,41 @@ def test_readme_example_passes_validation() -> None:
     document = json.loads(example[1])
     app.validate_data(document["data"])
     assert document["token"] == app.EXAMPLE_TOKEN
+
+
+def bench_row(name: str) -> dict[str, float]:
+    """A contender's medians in the first table of bench/RESULTS.md."""
+    heading, row = (
+        re.search(rf"^\| {start} \|(.*)\|$", BENCH_RESULTS, re.MULTILINE)
+        for start in ("", re.escape(name))
+    )
+    assert heading
+    assert row
+    keys, cells = (found[1].split("|") for found in (heading, row))
+    numbers = (float(cell.split()[0].replace(",", "")) for cell in cells)
+    return dict(zip((key.strip() for key in keys), numbers, strict=True))
+
+
+def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
+    section = README.split("## Performance\n")[1].split("\n## ")[0]
+    figures = set(re.findall(r"(?<![\w=])\d[\d,]*(?:\.\d+)?(?!\d*\s*threads)", section))
+    assert len(figures) >= 8
+    assert [figure for figure in sorted(figures) if figure not in BENCH_RESULTS] == []
+
+
+def test_sizing_of_a_pod_follows_from_the_benchmark() -> None:
+    setup = (app.PROJECT / "SETUP.md").read_text("utf-8")
+    for label, name in (("default", "email-processor 4x2"), ("throughput", "email-processor 1x64")):
+        found = re.search(rf"^\| {label} \|.*\|$", setup, re.MULTILINE)
+        assert found
+        rate, memory, calls, dollars = (cell.strip() for cell in found[0].split("|")[3:7])
+        row = bench_row(name)
+        assert float(rate.replace(",", "")) == pytest.approx(5e5 / row["CPU us/message"], abs=1)
+        assert memory == f"{row['memory MiB']:.0f} MiB"
+        assert float(calls) == row["SQS calls/message"]
+        assert float(dollars.strip("$")) == pytest.approx(
+            0.40 * row["SQS calls/message"], abs=0.006
+        )
 
 
 @pytest.mark.parametrize("file", ["README.md", "SETUP.md"])
