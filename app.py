@@ -442,19 +442,19 @@ def timestamp_rule(value: Any) -> str | None:
 # --- AWS clients ----------------------------------------------------------------------------------
 
 
-def aws_client(service: str, settings: Settings) -> Any:
+def aws_client(service: str, settings: Settings, connect: float = 1, read: float = 2) -> Any:
     """A boto3 client. It opens no connection until its first call, so a fork may follow.
 
-    An attempt may take 1 s to connect and 2 s (SQS: 1.5 s) without a byte of the answer. SSM gets
-    two of them, SQS one: the publisher has retries of its own, for each message of a batch.
+    An attempt may take `connect` seconds, and then `read` seconds without a byte of the answer. SSM
+    gets two of them, SQS one: the publisher has retries of its own, for each message of a batch.
     """
     publishes = service == "sqs"
     return boto3.client(
         service,
         region_name=settings.aws_region,
         config=Config(
-            connect_timeout=1,
-            read_timeout=1.5 if publishes else 2,
+            connect_timeout=connect,
+            read_timeout=read,
             retries={"mode": "standard", "total_max_attempts": 1 if publishes else 2},
             max_pool_connections=max(settings.gunicorn_threads, settings.sqs_calls_in_flight),
             tcp_keepalive=True,
@@ -669,7 +669,8 @@ class Circuit:
 
     It opens when a call runs out of time, or when FAILURES calls in a row fail in some other way
     that may pass, and closes with the first answer. While it is open, one message at a time is
-    sent all the same, PROBE_SECONDS after the last such try, to find out whether SQS is back.
+    sent all the same, PROBE_SECONDS after the last such try and with less patience than otherwise,
+    to find out whether SQS is back.
     """
 
     # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.
@@ -720,6 +721,7 @@ class Publisher:
     def __init__(
         self,
         sqs: Any,
+        probe: Any,  # the client for one message while SQS is down
         queue_url: str,
         calls_in_flight: int,
         threads: int,
@@ -728,6 +730,7 @@ class Publisher:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._sqs = sqs
+        self._probe = probe
         self._queue_url = queue_url
         self._fifo = queue_url.endswith(".fifo")
         self._calls_in_flight = (
@@ -835,13 +838,14 @@ class Publisher:
 
     def _call(self, batch: list[Pending]) -> list[str | Exception]:
         """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
+        sqs = self._probe if self._circuit.open else self._sqs
         try:
             if len(batch) == 1:
-                answer = self._sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
+                answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
                 answer = {"Successful": [{"Id": "0", **answer}]}
             else:
                 entries = [{"Id": str(n), **pending.entry} for n, pending in enumerate(batch)]
-                answer = self._sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+                answer = sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
             results: dict[str, str | Exception] = {}
             for failed in answer.get("Failed", []):
                 status = {"HTTPStatusCode": 400 if failed["SenderFault"] else 500}
@@ -988,7 +992,8 @@ def create_app(
         clock,
     )
     publisher = Publisher(
-        sqs or aws_client("sqs", settings),
+        sqs or aws_client("sqs", settings, read=1.5),
+        sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
         settings.gunicorn_threads,
@@ -997,8 +1002,15 @@ def create_app(
     )
     deadline = RequestDeadline(settings.body_timeout_seconds)
 
+    def warm_up() -> None:
+        """See the token and the queue, so that a later outage finds every worker knowing both."""
+        tokens.refresh_if_old()
+        with suppress(Refusal):  # it is logged, and the first request tries again
+            publisher.check_queue()
+
     app = Service(__name__, static_folder=None)
-    app.extensions["deadline"] = deadline  # gunicorn.conf.py starts it, before the head is read
+    # For gunicorn.conf.py: to watch a request from its first byte on, and a worker's first step.
+    app.extensions |= {"deadline": deadline, "warm_up": warm_up}
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import types
 from contextlib import suppress
@@ -114,6 +115,7 @@ def post_worker_init(worker: Any) -> None:
             deadline.stop(conn.sock)
 
     worker.enqueue_req, worker.handle = enqueue_req, handle_in_time
+    threading.Thread(target=worker.wsgi.extensions["warm_up"], daemon=True).start()
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -1903,7 +1903,7 @@ def test_message_for_a_standard_queue_has_neither_group_nor_deduplication_id(
 
 def test_publisher_gives_the_message_id_of_sqs(aws: SimpleNamespace) -> None:
     service = Service(aws)
-    publisher = app.Publisher(aws.sqs, service.queue_url, 8, 2)
+    publisher = app.Publisher(aws.sqs, aws.sqs, service.queue_url, 8, 2)
     given = publisher.publish(app.Message(body="{}", request_id="r-1"))
     assert given == service.only_message()["MessageId"]
 

@@ -315,6 +315,38 @@ def fake(fake_process: FakeAws) -> FakeAws:
     return fake_process
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the bad days in their long form")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--full"))
+
+
+FIGURES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Note what a test has measured, for the end of the run."""
+    noted = request.config.stash.setdefault(FIGURES, [])
+
+    def note(title: str, *parts: object) -> None:
+        noted.append(f"{title}: {'; '.join(map(str, parts))} [{request.node.name}]")
+
+    return note
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if noted := config.stash.get(FIGURES, []):
+        terminalreporter.section("bad days")
+        for line in noted:
+            terminalreporter.write_line(line)
+
+
 StartService = Callable[..., Service]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from conftest import BODY, WAIT
 from fake_aws import FakeAws
 
+_numbers = itertools.count()
+
 
 @dataclass
 class Failure:
@@ -37,6 +39,7 @@ class Load:
     requests: int | None = None
     body: bytes = BODY
     hold_new_connections: bool = False
+    not_connected: int = 0
     sent: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
@@ -46,7 +49,6 @@ class Load:
     retry_after: Counter[str] = field(default_factory=Counter)  # the header of 503 answers
 
     def __enter__(self) -> Load:
-        self._numbers = itertools.count()
         self._stopped = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._thread.start()
@@ -76,8 +78,8 @@ class Load:
         while self._more() and not (connected and self.hold_new_connections):
             try:
                 reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            except OSError as error:
-                self.failures.append(Failure(type(error).__name__, first=True, part=b""))
+            except OSError:
+                self.not_connected += 1
                 await asyncio.sleep(0.02)
                 continue
             connected = True
@@ -90,7 +92,7 @@ class Load:
         first = True
         while self._more():
             self.sent += 1
-            request_id = f"load-{next(self._numbers)}"
+            request_id = f"load-{next(_numbers)}"
             head = (
                 "POST /process HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 f"X-Request-Id: {request_id}\r\nContent-Length: {len(self.body)}\r\n\r\n"

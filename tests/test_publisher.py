@@ -123,6 +123,7 @@ class Requests:
         self.now = 0.0
         self.publisher = app.Publisher(
             self.queue,
+            self.queue,
             QUEUE + (".fifo" if fifo else ""),
             calls,
             threads,

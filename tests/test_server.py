@@ -488,13 +488,19 @@ def test_concurrent_requests_share_calls_and_each_gets_the_id_of_its_own_message
     assert fake.counts()["calls"]["SendMessageBatch"] < 150
 
 
-def test_nothing_is_asked_of_aws_and_no_thread_started_before_the_first_request(
-    start_service: StartService,
-) -> None:
-    with Silence() as aws, start_service(AWS_ENDPOINT_URL=aws.endpoint) as service:
-        assert service.get("/health").status == 200
-        assert not aws.was_called()
+def test_no_thread_is_started_before_the_fork(start_service: StartService) -> None:
+    with start_service() as service:
         assert len(list(Path(f"/proc/{service.process.pid}/task").iterdir())) == 1
+
+
+def test_each_worker_sees_token_and_queue_once_without_being_asked(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    with start_service(**fake.environment()) as service:
+        seen = {"GetParameters": 4, "GetQueueAttributes": 4}
+        eventually(lambda: fake.counts()["calls"] == seen)
+        assert {service.ask(post()).status for _ in range(20)} == {200}
+        assert fake.counts()["calls"] == {**seen, "SendMessage": 20}
 
 
 def refuse_while_aws_is_away(service: Service) -> Answer:

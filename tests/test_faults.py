@@ -1,0 +1,615 @@
+"""Bad days: real workers, an AWS that misbehaves on command, clients that count every answer.
+
+Each test has a short form of seconds; `--full` runs the long one. The figures are printed at the
+end of the run; RELIABILITY.md has those of a full one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from conftest import (
+    BODY,
+    DATA,
+    PARAMETER,
+    TOKEN,
+    Service,
+    StartService,
+    eventually,
+    post,
+    post_head,
+    request_head,
+)
+from fake_aws import FakeAws
+from load import Ledger, Load
+
+import app
+
+THROUGHPUT = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
+Figures = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def service_of_all(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
+    with start_service(**fake_process.environment()) as service:
+        yield service
+
+
+@pytest.fixture
+def service(service_of_all: Service, fake: FakeAws) -> Service:
+    """The defaults, 4 workers with 2 threads each, in front of a healthy fake AWS."""
+    eventually(lambda: len(service_of_all.workers()) == 4)
+    eventually(lambda: {service_of_all.ask(post()).status for _ in range(8)} == {200})
+    fake.forget()
+    return service_of_all
+
+
+@pytest.fixture(params=["4x2", "1x64"])
+def profile(request: pytest.FixtureRequest) -> dict[str, str]:
+    workers, threads = request.param.split("x")
+    return {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
+
+
+def with_token(token: str) -> bytes:
+    return BODY.replace(app.json.dumps(TOKEN).encode(), app.json.dumps(token).encode())
+
+
+def within_chance(share: float, number: int) -> float:
+    """The least share of `number` that shows `share` or more: three standard deviations less."""
+    return share - 3 * math.sqrt(share * (1 - share) / number)
+
+
+class HealthProbes:
+    """`with` it, /health is asked ten times a second, each on a new connection as a kubelet's."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.seconds = service, list[tuple[float, float]]()
+        self._stop = threading.Event()
+        self._threads = list[threading.Thread]()
+
+    def __enter__(self) -> HealthProbes:
+        self._pacer = threading.Thread(target=self._pace)
+        self._pacer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pacer.join()
+        for thread in self._threads:
+            thread.join()
+
+    def _pace(self) -> None:
+        while not self._stop.wait(0.1):
+            thread = threading.Thread(target=self._probe)
+            thread.start()
+            self._threads.append(thread)
+
+    def _probe(self) -> None:
+        begin = time.monotonic()
+        assert self.service.get("/health").status == 200
+        self.seconds.append((begin, time.monotonic() - begin))
+
+    def slowest(self, begin: float, end: float) -> float:
+        """Of the probes begun between two moments of the monotonic clock."""
+        return max(seconds for at, seconds in self.seconds if begin <= at < end)
+
+
+# --- SQS ------------------------------------------------------------------------------------------
+
+
+def test_healthy_day_acknowledges_and_queues_every_message(
+    start_service: StartService,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    profile: dict[str, str],
+) -> None:
+    number = 10_000 if full else 600
+    with (
+        start_service(**fake.environment(), **profile) as service,
+        Load(service.port, requests=number) as load,
+    ):
+        load.wait()
+    ledger = Ledger.of(fake, load)
+    figures("healthy", ledger)
+    assert ledger.statuses == {200: load.sent}
+    assert load.sent >= number
+    assert ledger.acknowledged == ledger.in_queue == load.sent
+    assert not ledger.lost
+    assert not load.failures
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("InternalFailure", 500), ("ThrottlingException", 400)]
+)
+@pytest.mark.parametrize(("share", "least"), [(0.1, 0.998), (0.3, 0.97)])
+def test_sqs_that_fails_a_share_of_calls_costs_few_requests_and_no_message(
+    service: Service,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    code: str,
+    status: int,
+    share: float,
+    least: float,
+) -> None:
+    number = 20_000 if full else 400
+    fault = {"kind": "error", "status": status, "code": code, "share": share}
+    fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
+    with Load(service.port, requests=number) as load:
+        load.wait()
+    ledger = Ledger.of(fake, load)
+    figures(f"{share:.0%} of SQS calls answer {status} {code}", ledger)
+    assert set(ledger.statuses) <= {200, 503}
+    assert ledger.statuses[200] / load.sent >= within_chance(least, load.sent)
+    assert not ledger.lost
+    assert not ledger.twice
+    assert not load.failures
+
+
+def test_batch_entries_that_fail_fail_alone_and_no_other_is_sent_twice(
+    start_service: StartService, fake: FakeAws, figures: Figures, full: bool
+) -> None:
+    number = 10_000 if full else 1000
+    with start_service(**fake.environment(), **THROUGHPUT) as service:
+        assert service.ask(post()).status == 200
+        fake.forget()
+        fault = {"kind": "fail_entries", "share": 0.1, "sender_fault": False}
+        fake.set(faults={"SendMessageBatch": {**fault, "code": "InternalError"}})
+        with Load(service.port, requests=number) as load:
+            load.wait()
+    ledger = Ledger.of(fake, load)
+    figures("10% of batch entries fail", ledger)
+    assert ledger.statuses[200] / load.sent >= within_chance(0.998, load.sent)
+    assert set(ledger.statuses) <= {200, 503}
+    assert not ledger.lost
+    assert ledger.twice == 0
+    assert not load.failures
+
+
+def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
+    start_service: StartService,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    profile: dict[str, str],
+) -> None:
+    with (
+        start_service(**fake.environment(), **profile) as service,
+        HealthProbes(service) as health,
+        Load(service.port) as load,
+    ):
+        time.sleep(1.5)
+        down = time.monotonic()
+        before = load.rate(down - 1, down)
+        fake.set(faults={"SQS": {"kind": "hang"}})
+        time.sleep(30 if full else 5)
+        up = time.monotonic()
+        fake.set(faults={})
+        time.sleep(2)
+        back = time.monotonic()
+        time.sleep(1)
+        after = load.rate(back, time.monotonic())
+    ledger = Ledger.of(fake, load)
+    deadline = 2.5  # a call: 1.5 s for the answer, 1 s to connect
+    refused = max(s for at, s, _ in load.answers if down + deadline < at - s and at < up)
+    onset, later = health.slowest(down - 1, down + 3), health.slowest(down + 3, up)
+    figures(
+        "SQS hangs",
+        ledger,
+        f"503 within {refused:.2f} s; /health {onset:.1f} s at the onset, then {later:.2f} s; "
+        f"{before:.0f} messages/s before, {after:.0f} from 2 s after",
+    )
+    assert refused < 1
+    assert onset <= 6
+    assert later <= 1
+    assert after >= 0.7 * before  # what two seconds of a shared machine can tell
+    assert set(ledger.statuses) == {200, 503}
+    assert set(load.retry_after) == {str(app.RETRY_AFTER_SECONDS)}
+    assert not ledger.lost
+    assert not load.failures
+
+
+SQS_FAULTS = {
+    "resets": {"kind": "reset"},
+    "loses its answer": {"kind": "lost_answer"},
+    "answers garbage": {"kind": "garbage"},
+    "has expired credentials": {"kind": "error", "status": 403, "code": "ExpiredToken"},
+    "denies access": {"kind": "error", "status": 403, "code": "AccessDenied"},
+    "has no such queue": {
+        "kind": "error",
+        "status": 400,
+        "code": "AWS.SimpleQueueService.NonExistentQueue",
+    },
+    "answers after 1 s": {"kind": "delay", "seconds": 1},
+}
+
+
+def test_sqs_that_misbehaves_for_a_while_loses_nothing(
+    service: Service, fake: FakeAws, figures: Figures, full: bool
+) -> None:
+    for name, fault in SQS_FAULTS.items():
+        fake.forget()
+        with Load(service.port, clients=16) as load:
+            time.sleep(0.2)
+            fake.set(faults={"SQS": fault})
+            time.sleep(10 if full else 0.8)
+            fake.set(faults={})
+            back = time.monotonic()
+            eventually(lambda load=load: load.rate(time.monotonic() - 0.3, time.monotonic()) > 20)
+            seconds = time.monotonic() - back
+        ledger = Ledger.of(fake, load)
+        figures(f"SQS {name}", ledger, f"{seconds:.1f} s until it serves again")
+        assert set(ledger.statuses) <= {200, 503}
+        assert not ledger.lost
+        assert not load.failures
+        assert seconds < 2
+        # Only what may have been sent before, for all that is known, is sent again.
+        assert ledger.twice == 0 or name in ("loses its answer", "answers garbage")
+
+
+# --- SSM ------------------------------------------------------------------------------------------
+
+SSM_FAULTS = {
+    "hangs": {"kind": "hang"},
+    "resets": {"kind": "reset"},
+    "answers 500": {"kind": "error", "status": 500, "code": "InternalServerError"},
+    "denies access": {"kind": "error", "status": 400, "code": "AccessDeniedException"},
+    "answers garbage": {"kind": "garbage"},
+}
+
+
+def test_ssm_down_after_the_start_refuses_nobody(
+    start_service: StartService, fake: FakeAws, figures: Figures, full: bool
+) -> None:
+    """Each fault lasts longer than the cache, so that every worker's is out of date."""
+    with start_service(**fake.environment(), TOKEN_CACHE_SECONDS="1") as service:
+        eventually(lambda: fake.counts()["calls"].get("GetParameters") == 4)
+        for name, fault in SSM_FAULTS.items():
+            fake.set(faults={"SSM": fault})
+            with Load(service.port, clients=16) as load:
+                time.sleep(20 if full else 1.3)
+            ledger = Ledger.of(fake, load)
+            figures(f"SSM {name} after the start", ledger)
+            assert set(ledger.statuses) == {200}
+            assert not load.failures
+
+
+class DownAfterOneRead:
+    """An SSM that answers once."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def get_parameters(self, **_: object) -> dict[str, object]:
+        self.reads += 1
+        if self.reads > 1:
+            raise ConnectionError
+        return {"Parameters": [{"Value": TOKEN}]}
+
+
+def test_ssm_down_for_an_hour_refuses_nobody(figures: Figures) -> None:
+    tenths, ssm, accepted = 0, DownAfterOneRead(), 0
+    store = app.TokenStore(ssm, (PARAMETER,), 60, lambda: tenths / 10)
+    for tenths in range(36_000):  # noqa: B007 - the clock
+        accepted += store.accepts(TOKEN)
+    figures("SSM down for an hour", f"{accepted:,} of 36,000 accepted, {ssm.reads} reads")
+    assert accepted == 36_000
+    assert ssm.reads <= 1 + 3600 / app.TokenStore.READ_INTERVAL
+
+
+def test_ssm_down_at_the_start_is_not_ready_and_recovers_by_itself(
+    start_service: StartService, fake: FakeAws, figures: Figures
+) -> None:
+    fake.set(faults={"SSM": SSM_FAULTS["denies access"]})
+    settings = {"TOKEN_CACHE_SECONDS": "1", "GUNICORN_WORKERS": "1"}
+    with start_service(**fake.environment(), **settings) as service:
+        ready = service.get("/ready")
+        assert ready.status == 503
+        assert "ssm:GetParameters failed: AccessDeniedException" in ready.json["message"]
+        assert service.ask(post()).error == "token_store_unavailable"
+        assert service.get("/health").status == 200
+        fake.set(faults={})
+        begin = time.monotonic()
+        eventually(lambda: service.ask(post()).status == 200)
+        seconds = time.monotonic() - begin
+        assert service.get("/ready").status == 200
+        fake.set(faults={"*": {"kind": "hang"}})
+        assert service.get("/ready").status == 200, "never turns back"
+    figures("SSM down at the start", f"served {seconds:.1f} s after it came back")
+    assert seconds < 3
+
+
+def test_queue_out_of_reach_at_the_start_is_not_ready_and_names_the_call(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    fake.set(faults={"GetQueueAttributes": SQS_FAULTS["denies access"]})
+    with start_service(**fake.environment(), GUNICORN_WORKERS="1") as service:
+        ready = service.get("/ready")
+        assert (ready.status, ready.error) == (503, "queue_unavailable")
+        assert "sqs:GetQueueAttributes failed: AccessDenied" in ready.json["message"]
+        assert service.ask(post()).error == "queue_unavailable"
+        fake.set(faults={})
+        eventually(lambda: service.get("/ready").status == 200)
+        assert service.ask(post()).status == 200
+
+
+def test_rotated_token_works_at_once_and_the_old_one_ends_within_the_cache_age(
+    start_service: StartService, fake: FakeAws, figures: Figures
+) -> None:
+    settings = {"TOKEN_CACHE_SECONDS": "2"}
+    with start_service(**fake.environment(), **settings) as service:
+        eventually(lambda: fake.counts()["calls"].get("GetParameters") == 4)
+        time.sleep(2)  # a worker asks at most once in that time
+        fake.set(parameters={PARAMETER: "the new one"})
+        rotated = time.monotonic()
+        new = [service.ask(post(with_token("the new one"))).status for _ in range(20)]
+        seconds = []
+        for _ in range(20):  # until each worker has seen it
+            while service.ask(post()).status == 200:
+                time.sleep(0.02)
+            seconds.append(time.monotonic() - rotated)
+    figures("token rotated", f"new: {new.count(200)} of 20; old: refused after {seconds[-1]:.1f} s")
+    assert new == [200] * 20
+    assert seconds[-1] < 2 + 1
+
+
+def test_rotation_with_two_parameters_refuses_nobody(
+    start_service: StartService, fake: FakeAws, figures: Figures
+) -> None:
+    names = {"TOKEN_SSM_PARAMETER": "/token/a,/token/b", "TOKEN_CACHE_SECONDS": "1"}
+    fake.set(parameters={"/token/a": TOKEN, "/token/b": "unused"})
+    with start_service(**{**fake.environment(), **names}) as service:
+        with Load(service.port, clients=8) as old:
+            time.sleep(1.2)
+            fake.set(parameters={"/token/a": TOKEN, "/token/b": "the new one"})
+            time.sleep(1.5)
+            with Load(service.port, clients=8, body=with_token("the new one")) as new:
+                time.sleep(0.5)
+                old.stop()
+                fake.set(parameters={"/token/a": "gone", "/token/b": "the new one"})
+                time.sleep(1.5)
+        eventually(lambda: service.ask(post()).status == 401)
+    ledger = Ledger.of(fake, old, new)
+    figures("token rotated with two parameters", ledger)
+    assert set(ledger.statuses) == {200}
+    assert not ledger.lost
+
+
+def test_flood_of_wrong_tokens_leaves_ssm_and_the_right_ones_alone(
+    service: Service, fake: FakeAws, figures: Figures, full: bool
+) -> None:
+    seconds = 10 if full else 3
+    with (
+        Load(service.port, clients=32, body=with_token("wrong")) as flood,
+        Load(service.port, clients=4) as right,
+    ):
+        time.sleep(seconds)
+    reads = fake.counts()["calls"]["GetParameters"]
+    figures(
+        "flood of wrong tokens",
+        Ledger.of(fake, right),
+        f"{flood.sent / seconds:,.0f} wrong ones/s, {reads / seconds:.1f} reads of SSM/s",
+    )
+    assert set(flood.statuses) == {401}
+    assert set(right.statuses) == {200}
+    assert not flood.failures + right.failures
+    assert reads <= 2 * seconds
+
+
+# --- Clients --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trickle", [False, True], ids=["stalled", "trickling"])
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
+def test_slow_bodies_hold_their_threads_no_longer_than_the_deadline(
+    start_service: StartService, fake: FakeAws, figures: Figures, trickle: bool, framing: str
+) -> None:
+    """24 of them are three rounds of the 8 threads; the others are served again after these."""
+    deadline, part = 1.0, b"1\r\nx\r\n" if "chunked" in framing else b"x"
+    settings = {"BODY_TIMEOUT_SECONDS": str(deadline)}
+    with start_service(**fake.environment(), **settings) as service, ExitStack() as stack:
+        slow = [stack.enter_context(service.connect()) for _ in range(24)]
+        begin, done = time.monotonic(), threading.Event()
+        for client in slow:
+            client.send(post_head(framing))
+
+        def feed() -> None:
+            while trickle and not done.wait(0.1):
+                for client in slow:
+                    try:
+                        client.sock.sendall(part)
+                    except OSError:
+                        continue  # answered and closed already
+
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        try:
+            time.sleep(0.1)
+            assert service.ask(post()).status == 200
+            served = time.monotonic() - begin
+            answers = [client.answer() for client in slow]
+            gone = time.monotonic() - begin
+        finally:
+            done.set()
+            feeder.join()
+    kind = "trickling" if trickle else "stalled"
+    figures(
+        f"24 {kind} bodies, {framing.split(':')[0]}",
+        f"deadline {deadline:.0f} s: others served after {served:.1f} s, all gone after {gone:.1f}",
+    )
+    assert {(answer.status, answer.error) for answer in answers} == {(408, "request_timeout")}
+    assert served < 3 * deadline + 2
+    assert gone < 3 * deadline + 2
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def test_sigterm_under_load_answers_what_was_begun(
+    start_service: StartService,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    profile: dict[str, str],
+) -> None:
+    loads, seconds = [], []
+    for _ in range(10 if full else 1):
+        with start_service(**fake.environment(), **profile) as service, service.connect() as idle:
+            assert idle.send(request_head("GET", "/health")).answer().status == 200
+            with Load(service.port) as load:
+                time.sleep(0.7)
+                seconds.append(service.stop())
+                load.stop()
+        loads.append(load)
+    ledger = Ledger.of(fake, *loads)
+    figures("SIGTERM under load", ledger, f"exit within {max(seconds):.1f} s")
+    assert set(ledger.statuses) == {200}
+    assert not ledger.lost
+    assert max(seconds) < 25
+    # Only connections that no worker had taken yet end without an answer.
+    for failure in (failure for load in loads for failure in load.failures):
+        assert failure.first
+        assert failure.part == b""
+
+
+def test_sigterm_after_new_connections_are_held_back_fails_nobody(
+    start_service: StartService,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    profile: dict[str, str],
+) -> None:
+    """As in the cluster: the pod leaves the load balancer, the preStop sleep passes, SIGTERM."""
+    loads = []
+    for _ in range(10 if full else 1):
+        with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
+            time.sleep(0.7)
+            load.hold_new_connections = True
+            service.stop()
+            load.wait(30)
+        loads.append(load)
+    ledger = Ledger.of(fake, *loads)
+    figures("SIGTERM after new connections were held back", ledger)
+    assert set(ledger.statuses) == {200}
+    assert ledger.unanswered == 0
+    assert ledger.acknowledged == ledger.in_queue == ledger.sent
+    assert not ledger.lost
+
+
+def kill(pid: int) -> None:
+    """By process id: a worker that the test's own service has started."""
+    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
+
+
+def test_killed_worker_loses_nothing_acknowledged_and_is_replaced(
+    service: Service, fake: FakeAws, figures: Figures, full: bool
+) -> None:
+    with Load(service.port) as load:
+        for _ in range(10 if full else 2):
+            time.sleep(0.7)
+            victim = random.choice(service.workers())
+            kill(victim)
+            eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
+        since = time.monotonic()
+        time.sleep(0.7)
+        assert load.rate(since, time.monotonic()) > 0
+    ledger = Ledger.of(fake, load)
+    figures("worker killed under load", ledger)
+    assert set(ledger.statuses) == {200}
+    assert not ledger.lost
+    assert ledger.in_queue >= ledger.acknowledged
+
+
+# --- Arbitrary input ------------------------------------------------------------------------------
+
+JUNK = [b"\0", b"\xff", b"\r\n", b"\n", b" ", b":", b"{", b"}", b'"', b"9" * 30, b"%", b"\\ud800"]
+HEADERS = [
+    b"Content-Type: application/json",
+    b"Content-Type: text/plain",
+    b"Content-Length: 5",
+    b"Content-Length: -1",
+    b"Transfer-Encoding: chunked",
+    b"Transfer-Encoding: gzip, chunked",
+    b"Connection: close",
+    b"Expect: 100-continue",
+    b"X-Request-Id: \xff",
+    b"X-Amzn-Trace-Id: Root=1",
+    b"X-Forwarded-For: , ,",
+    b"Idempotency-Key: \xc3\xa9",
+    b"Host: [",
+    b"Upgrade: websocket",
+    b"Connection: Upgrade",
+    b"no colon",
+]
+
+
+def fuzzed(chance: random.Random) -> bytes:
+    """A request that began as a good one."""
+    values = [chance.choice([None, "", 1e9, True, [], {}, "\u0000", "x", -1]) for _ in range(2)]
+    data = {**DATA, chance.choice([*DATA, "more"]): values[0]}
+    body = app.json.dumps({"data": data, "token": chance.choice([TOKEN, values[1]])}).encode()
+    if chance.random() < 0.5:
+        body = spoiled(body, chance)
+    line = chance.choice([b"POST /process", b"POST /process", b"GET /health", b"PUT /", b"GET /x"])
+    headers = [b"Host: localhost", *chance.sample(HEADERS, chance.randrange(4))]
+    if chance.random() < 0.8:
+        headers += [b"Content-Type: application/json", b"Content-Length: %d" % len(body)]
+    request = b"\r\n".join([line + b" HTTP/1.1", *headers, b"", body])
+    return spoiled(request, chance) if chance.random() < 0.2 else request
+
+
+def spoiled(text: bytes, chance: random.Random) -> bytes:
+    start = chance.randrange(len(text) + 1)
+    return text[:start] + chance.choice(JUNK) + text[start + chance.randrange(4) :]
+
+
+def test_fuzzed_requests_get_no_500_and_end_no_worker(
+    service: Service, figures: Figures, full: bool
+) -> None:
+    number, seconds, seed = (100_000, 900, 7) if full else (2000, 10, 7)
+    end, statuses, lock = time.monotonic() + seconds, dict[str, int](), threading.Lock()
+    before = service.workers()
+
+    def send(chance: random.Random, share: int) -> None:
+        for _ in range(share):
+            if time.monotonic() > end:
+                return
+            with service.connect() as client:
+                client.send(fuzzed(chance))
+                client.sock.shutdown(socket.SHUT_WR)  # nothing more will come
+                received = b""
+                while part := client.sock.recv(65536):  # within 15 s, or the test fails
+                    received += part
+            with lock:
+                status = received[9:12].decode()
+                statuses[status] = statuses.get(status, 0) + 1
+
+    failed: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            send(random.Random(seed * 100 + index), number // 8)
+        except BaseException as error:  # shown by the test
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counted = ", ".join(f"{n:,} x {status or 'closed'}" for status, n in sorted(statuses.items()))
+    figures("fuzzed requests", f"{sum(statuses.values()):,} sent; {counted}")
+    assert not failed
+    assert not {status for status in statuses if status.startswith("5")}
+    assert {"200", "400", "401", "404"} <= set(statuses)
+    assert service.workers() == before
