@@ -146,7 +146,15 @@ def test_sizing_of_a_pod_follows_from_the_benchmark() -> None:
         )
 
 
-@pytest.mark.parametrize("file", ["README.md", "SETUP.md"])
+def test_every_bad_day_that_is_tested_is_in_the_table_and_the_other_way_round() -> None:
+    table = (app.PROJECT / "RELIABILITY.md").read_text("utf-8")
+    tests = (app.PROJECT / "tests/test_faults.py").read_text("utf-8")
+    assert set(re.findall(r"`(test_\w+)`", table)) == set(
+        re.findall(r"^def (test_\w+)", tests, re.M)
+    )
+
+
+@pytest.mark.parametrize("file", ["README.md", "SETUP.md", "RELIABILITY.md"])
 def test_files_named_in_the_documentation_exist(file: str) -> None:
     text = (app.PROJECT / file).read_text("utf-8")
     names = set(re.findall(r"`(?:\./)?([\w./-]+\.(?:py|sh|md|yaml|toml|txt))\b", text))
