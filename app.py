@@ -992,7 +992,7 @@ def create_app(
         clock,
     )
     publisher = Publisher(
-        sqs or aws_client("sqs", settings, read=1.5),
+        sqs or aws_client("sqs", settings, read=3),
         sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,

@@ -192,7 +192,7 @@ def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
         down = time.monotonic()
         before = load.rate(down - 1, down)
         fake.set(faults={"SQS": {"kind": "hang"}})
-        time.sleep(30 if full else 5)
+        time.sleep(30 if full else 6.5)
         up = time.monotonic()
         fake.set(faults={})
         time.sleep(2)
@@ -200,9 +200,9 @@ def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
         time.sleep(1)
         after = load.rate(back, time.monotonic())
     ledger = Ledger.of(fake, load)
-    deadline = 2.5  # a call: 1.5 s for the answer, 1 s to connect
+    deadline = 4  # a call: 3 s for the answer, 1 s to connect
     refused = max(s for at, s, _ in load.answers if down + deadline < at - s and at < up)
-    onset, later = health.slowest(down - 1, down + 3), health.slowest(down + 3, up)
+    onset, later = health.slowest(down - 1, down + deadline), health.slowest(down + deadline, up)
     figures(
         "SQS hangs",
         ledger,
