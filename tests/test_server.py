@@ -404,14 +404,6 @@ class Silence:
     def __exit__(self, *_: object) -> None:
         self.sock.close()
 
-    def was_called(self) -> bool:
-        self.sock.settimeout(0)
-        try:
-            self.sock.accept()[0].close()
-        except BlockingIOError:
-            return False
-        return True
-
 
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
