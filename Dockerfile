@@ -1,0 +1,49 @@
+# The service's image. It runs as UID 1000 with a read-only root file system and without any
+# capability; it writes to /tmp and /dev/shm only.
+
+FROM python:3.13-slim AS packages
+
+WORKDIR /build
+# The environment gets no pip of its own; the base's installs into it.
+RUN python -m venv --without-pip /opt/venv
+COPY requirements.txt ./
+RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --require-hashes \
+    -r requirements.txt
+
+# botocore describes some 400 services in 25 MB. The service calls ssm and sqs, and its service
+# account's role is assumed through sts; the files beside the folders (endpoints, partitions,
+# retries) serve all of them. The clients made here fail the build if a release needs more.
+# boto3's own data are the resource interface, which is not used.
+WORKDIR /opt/venv/lib/python3.13/site-packages
+RUN find botocore/data -mindepth 1 -maxdepth 1 -type d \
+        ! -name ssm ! -name sqs ! -name sts -exec rm -r {} + \
+    && rm -r boto3/data boto3/examples \
+    && /opt/venv/bin/python -c 'import boto3; \
+        [boto3.client(name, region_name="us-west-1") for name in ("ssm", "sqs", "sts")]' \
+    # Nothing can be compiled later on a read-only file system. Not checking the source's time
+    # against the bytecode's saves a look at each file.
+    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash .
+
+
+FROM python:3.13-slim
+
+ENV PATH=/opt/venv/bin:$PATH \
+    # Without an entry in /etc/passwd the home would be /, where nothing can be written.
+    HOME=/tmp
+WORKDIR /srv/email-processor
+COPY --from=packages /opt/venv /opt/venv
+# The modes of a checkout depend on its owner's umask.
+COPY --chmod=0644 app.py gunicorn.conf.py openapi.yaml ./
+# Loads all that a start loads: a broken image fails here, and what the official base has no
+# bytecode of, its standard library, is compiled as far as it is used.
+RUN SQS_QUEUE_URL=https://sqs.us-west-1.amazonaws.com/000000000000/check \
+    gunicorn --check-config \
+    && python -c 'import gunicorn.workers.gthread'
+
+ENV PYTHONDONTWRITEBYTECODE=1
+# By number, so that Kubernetes can tell that it is not root.
+USER 1000:1000
+EXPOSE 8080
+# Kubernetes' probes look after the health: Docker's own check would be ignored there.
+# checkov:skip=CKV_DOCKER_2: Kubernetes' probes take HEALTHCHECK's place
+CMD ["gunicorn"]
