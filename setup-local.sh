@@ -96,7 +96,7 @@ explain_pip() {
   last=${log##*ERROR: }
   case $log in
     *"No space left on device"*)
-      die "The disk is full. Make room (300 MB are needed) and run this again." ;;
+      die "The disk is full. Make room (700 MB are needed) and run this again." ;;
     *"DO NOT MATCH THE HASHES"*)
       die "A downloaded package is not the one pinned in requirements-dev.txt (see $1). Find out what changes downloads, a proxy or PIP_INDEX_URL, before you run this again." ;;
     *CERTIFICATE_VERIFY_FAILED*)
