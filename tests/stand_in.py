@@ -1,0 +1,122 @@
+"""What deploy.sh calls as `docker` and `kubectl` in the tests, `stand_in.py TOOL ARGUMENT...`.
+
+It records every call and keeps state.
+
+The folder in STAND_IN holds `calls.jsonl` (arguments, standard input, the environment's names) and
+`state.json`: what the registry and the cluster have, and how they are to behave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(os.environ["STAND_IN"])
+CLUSTER_SCOPED = ("Namespace",)
+
+
+def docker(state: dict[str, Any], arguments: list[str]) -> str:
+    match arguments:
+        case ["info"] | ["buildx", "version"] | ["login", *_]:
+            return ""
+        case ["pull", *_, reference]:
+            if reference not in state["pushed"]:
+                sys.exit(f"Error response from daemon: manifest for {reference} not found")
+        case ["build", *_]:
+            if state["build_fails"]:
+                sys.exit("ERROR: failed to solve: process did not complete successfully")
+            state["built"].append(arguments[arguments.index("--tag") + 1])
+        case ["push", *_, reference]:
+            assert reference in state["built"], reference
+            state["pushed"].append(reference)
+        case ["image", "inspect", *_, reference]:
+            if reference not in state["pushed"]:
+                return ""
+            repository = reference.rpartition(":")[0]
+            return f"{repository}@sha256:{hashlib.sha256(reference.encode()).hexdigest()}\n"
+        case _:
+            sys.exit(f"unknown command {arguments}")
+    return ""
+
+
+def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
+    while arguments and arguments[0] in ("--kubeconfig", "--namespace"):
+        arguments = arguments[2:]
+    objects, output = state["objects"], arguments[-1]
+    deployment = objects.get("deployment.apps/email-processor", {})
+    match arguments:
+        case ["config", "view", *_]:
+            return "apiVersion: v1\nkind: Config\n"
+        case ["get", "deployments.apps,ingressclasses.networking.k8s.io", *_]:
+            return "".join(f"{name} \n" for name in state["controllers"])
+        case ["get", "ingress", _, *_] if "certificate-arn" in output:
+            ingress = objects.get("ingress.networking.k8s.io/email-processor-ingress", {})
+            annotations = ingress.get("metadata", {}).get("annotations", {})
+            return str(annotations.get("alb.ingress.kubernetes.io/certificate-arn", ""))
+        case ["get", "ingress", _, *_] if "hostname" in output:
+            return str(state["hostname"])
+        case ["get", "deployment", _, *_]:
+            return str(len(state["revisions"]) or "")
+        case ["get", "targetgroupbindings", *_]:
+            return "targetgroupbinding.elbv2.k8s.aws/k8s-email\n"
+        case ["get", ("pods" | "events") as kind, *_]:
+            return f"{kind}: Back-off pulling image\n"
+        case ["logs", *_]:
+            return "AWS_REGION must be a region\n"
+        case ["apply", "view-last-applied", "configmap", name, *_]:
+            return json.dumps(objects[f"configmap/{name}"])
+        case ["apply", "-f", "-"]:
+            return "".join(apply(state, manifest) for manifest in yaml.safe_load_all(text))
+        case ["rollout", "restart", _]:
+            state["revisions"].append(deployment)
+        case ["rollout", "status", *_]:
+            if deployment.get("spec") in state["broken"]:
+                sys.exit("error: deployment exceeded its progress deadline")
+        case ["rollout", "undo", _, "--to-revision", number]:
+            objects["deployment.apps/email-processor"] = state["revisions"][int(number) - 1]
+        case ["delete", *_]:
+            objects.clear()
+        case _:
+            sys.exit(f"unknown command {arguments}")
+    return ""
+
+
+def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
+    kind, metadata = manifest["kind"].lower(), manifest["metadata"]
+    group, slash, _ = manifest["apiVersion"].rpartition("/")
+    identity = f"{kind}{'.' if slash else ''}{group}/{metadata['name']}"
+    if manifest["kind"] not in CLUSTER_SCOPED:
+        namespace = f"namespace/{metadata['namespace']}"
+        assert namespace in state["objects"], f"{identity} comes before {namespace}"
+    before = state["objects"].get(identity)
+    if before == manifest:
+        return f"{identity} unchanged\n"
+    state["objects"][identity] = manifest
+    if kind == "deployment":
+        state["revisions"].append(manifest)
+        if state["rollout_fails"]:
+            state["broken"].append(manifest["spec"])
+    return f"{identity} {'configured' if before else 'created'}\n"
+
+
+def main() -> None:
+    tool, *arguments = sys.argv[1:]
+    reads = {"-f", "--password-stdin"} & set(arguments)
+    text = sys.stdin.read() if reads else ""
+    with (FOLDER / "calls.jsonl").open("a") as calls:
+        call = {"tool": tool, "arguments": arguments, "stdin": text, "names": [*os.environ]}
+        calls.write(json.dumps(call) + "\n")
+    path = FOLDER / "state.json"
+    state = json.loads(path.read_text())
+    output = docker(state, arguments) if tool == "docker" else kubectl(state, arguments, text)
+    sys.stdout.write(output)
+    path.write_text(json.dumps(state))
+
+
+main()
