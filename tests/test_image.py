@@ -1,0 +1,128 @@
+"""The image, built and run by a real Docker engine with all the restrictions of the manifests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from conftest import PROJECT, Client, eventually, free_port, post, request_head
+from fake_aws import FakeAws
+from load import Ledger, Load
+
+IMAGE = "email-processor:test"
+RESTRICTIONS = (
+    *("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"),
+    *("--security-opt", "no-new-privileges", "--memory", "512m", "--cpus", "0.5"),
+)
+
+
+def has_engine() -> bool:
+    docker = shutil.which("docker")
+    return bool(docker) and not subprocess.run([docker, "info"], capture_output=True).returncode
+
+
+pytestmark = pytest.mark.skipif(not has_engine(), reason="no Docker engine is running")
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    docker("build", "--tag", IMAGE, str(PROJECT))
+    return IMAGE
+
+
+@contextmanager
+def running(image: str, fake: FakeAws) -> Iterator[tuple[str, int, float]]:
+    """A container that answers /health: its name, its port, and the seconds that it took."""
+    port, begin = free_port(), time.monotonic()
+    variables = {**fake.environment(), "PORT": str(port)}
+    variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    settings = [word for pair in variables.items() for word in ("--env", "=".join(pair))]
+    name = docker("run", "--detach", "--network", "host", *RESTRICTIONS, *settings, image)
+
+    def is_healthy() -> bool:
+        try:
+            with Client(port) as client:
+                return client.send(request_head("GET", "/health")).answer().status == 200
+        except OSError:
+            return False
+
+    try:
+        eventually(is_healthy)
+        yield name, port, time.monotonic() - begin
+    finally:
+        docker("rm", "--force", name)
+
+
+def inspect(image: str) -> dict[str, Any]:
+    return dict(json.loads(docker("image", "inspect", image))[0])
+
+
+def test_image_is_small_and_starts_gunicorn_itself_as_uid_1000(image: str) -> None:
+    found = inspect(image)
+    assert found["Size"] <= 190e6
+    assert found["Config"]["User"] == "1000:1000"
+    assert found["Config"]["Cmd"] == ["gunicorn"]
+    assert not found["Config"].get("Entrypoint")
+    assert not found["Config"].get("Healthcheck")
+
+
+def test_image_holds_the_application_and_nothing_else_of_the_project(image: str) -> None:
+    files = docker("run", "--rm", image, "find", "/srv", "-type", "f", "-not", "-name", "*.pyc")
+    assert {path.rpartition("/")[2] for path in files.splitlines()} == {
+        "app.py",
+        "gunicorn.conf.py",
+        "openapi.yaml",
+    }
+    installed = docker("run", "--rm", image, "ls", "/opt/venv/bin")
+    assert "gunicorn" in installed
+    assert "pip" not in installed.split()
+    nothing = ["find", "/opt/venv", "/srv", "-perm", "/022", "-not", "-type", "l"]
+    assert docker("run", "--rm", image, *nothing) == "", "writable by others than root"
+
+
+def test_container_serves_within_its_restrictions(image: str, fake: FakeAws, figures: Any) -> None:
+    with running(image, fake) as (name, port, seconds):
+        with Load(port, clients=8, requests=200) as load:
+            load.wait()
+        used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", name).split("MiB")[0]
+        users = {line.split()[1] for line in docker("top", name, "-eo", "pid,uid").splitlines()[1:]}
+        lines = [json.loads(line) for line in docker("logs", name).splitlines()]
+    figures("container", f"/health after {seconds:.2f} s at 0.5 CPU; {float(used):.0f} MiB")
+    assert load.statuses == {200: load.sent}
+    assert seconds < 2
+    assert float(used) < 160
+    assert users == {"1000"}
+    assert [line["level"] for line in lines if line["level"] not in ("INFO", "WARNING")] == []
+
+
+def test_docker_stop_under_load_loses_nothing(image: str, fake: FakeAws, figures: Any) -> None:
+    with running(image, fake) as (name, port, _):
+        with Client(port) as client:
+            assert client.send(post()).answer().status == 200
+        fake.forget()
+        with Load(port) as load:
+            time.sleep(3)
+            begin = time.monotonic()
+            docker("stop", "--time", "30", name)
+            seconds = time.monotonic() - begin
+            load.stop()
+        code = docker("inspect", "--format", "{{.State.ExitCode}}", name)
+    ledger = Ledger.of(fake, load)
+    figures("docker stop under load", ledger, f"exit after {seconds:.1f} s")
+    assert code == "0"
+    assert seconds < 25
+    assert set(ledger.statuses) == {200}
+    assert not ledger.lost
+    assert all(failure.first and failure.part == b"" for failure in load.failures)
