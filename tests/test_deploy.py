@@ -29,6 +29,7 @@ from test_scripts import assert_one_line, environment, executable, only
 pytestmark = pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
 
 DEPLOY = PROJECT / "deploy.sh"
+SETUP = (PROJECT / "SETUP.md").read_text("utf-8")
 ACCOUNT = "123456789012"  # the emulator's
 REGION = "us-west-1"
 REGISTRY = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
@@ -140,18 +141,26 @@ class World:
     def run(
         self, *options: str, account: str = ACCOUNT, trace: bool = False, **variables: str
     ) -> subprocess.CompletedProcess[str]:
+        shell = ["bash", "-x"] if trace else []
+        return self.execute(*shell, str(DEPLOY), REGISTRY, account, *options, **variables)
+
+    def execute(
+        self, *command: str, cwd: Path = PROJECT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         (self.folder / "calls.jsonl").write_text("")
         given = {
             "AWS_ENDPOINT_URL": self.emulator,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
+            "KUBECONFIG": str(self.folder / "kubeconfig"),
             "NO_PROXY": "127.0.0.1",
             "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "STAND_IN": str(self.folder),
             **variables,
         }
         return subprocess.run(
-            [*(["bash", "-x"] if trace else []), DEPLOY, REGISTRY, account, *options],
+            command,
+            cwd=cwd,
             env=environment(**given),
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -207,6 +216,26 @@ def git_status() -> str:
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
 
+def git(folder: Path, *arguments: str) -> str:
+    name = ("-c", "user.name=test", "-c", "user.email=test@example.com")
+    command = ["git", *name, "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clean_checkout(tmp_path: Path) -> Path:
+    """The project as it is now, committed."""
+    folder = tmp_path / "checkout"
+    for name in git(PROJECT, "ls-files", "-co", "--exclude-standard").splitlines():
+        if (PROJECT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, folder / name)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "as it is now")
+    return folder
+
+
 def container(manifests: list[dict[str, Any]]) -> dict[str, Any]:
     (deployment,) = [each for each in manifests if each["kind"] == "Deployment"]
     return dict(deployment["spec"]["template"]["spec"]["containers"][0])
@@ -216,7 +245,7 @@ def container(manifests: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_first_run_makes_everything_and_the_second_changes_nothing(world: World) -> None:
-    status = git_status()
+    status = git(PROJECT, "status", "--porcelain")
     result = world.run(API_TOKEN=TOKEN, trace=True)
     assert result.returncode == 0, result
 
@@ -260,7 +289,7 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     assert world.stack() == watched
     assert world.token()["Value"] == TOKEN
     assert len(world.state["revisions"]) == 1
-    assert git_status() == status
+    assert git(PROJECT, "status", "--porcelain") == status
 
 
 def test_options_reach_stack_and_manifests_and_are_kept_by_what_follows(world: World) -> None:
@@ -325,6 +354,18 @@ def test_queues_are_deleted_on_a_further_word_alone(world: World) -> None:
     assert world.queues() == {"dev-CP-queue", "new", "new-dlq"}
     world.deploy("--delete", "--delete-queues")
     assert world.queues() == {"dev-CP-queue"}
+
+
+def test_deployment_by_hand_applies_the_same_manifests(world: World, clean_checkout: Path) -> None:
+    guide = SETUP.split("## Deploy by hand")[1]
+    commands = guide.split("```bash\n")[1].split("```")[0]
+    result = world.execute("bash", "-euo", "pipefail", "-c", commands, cwd=clean_checkout)
+    assert result.returncode == 0, result
+    assert result.stdout.endswith(world.state["hostname"])
+    assert re.fullmatch(r"[A-Za-z0-9+/]{43}=", world.token()["Value"])
+    (by_hand,) = world.applied()
+    assert container(by_hand)["image"] == world.digest_of(f"{REGISTRY}/email-processor")
+    assert len(by_hand) == len(list((PROJECT / "k8s").glob("*.yaml"))) + 3  # of two files
 
 
 # --- What can go wrong ----------------------------------------------------------------------------
@@ -510,3 +551,5 @@ def test_help_names_every_option_and_no_other() -> None:
     parser = DEPLOY.read_text("utf-8").split("read_arguments() {")[1].split("\n}\n")[0]
     taken = set(re.findall(r"--[a-z-]+", "".join(re.findall(r"^ +(?:-h|--).*", parser, re.M))))
     assert set(re.findall(r"^  (--[a-z-]+)", shown, re.M)) == taken - {"--help"}
+    runs = re.findall(r"\./deploy\.sh REGISTRY ACCOUNT_ID (.+)", SETUP)
+    assert {option for run in runs for option in re.findall(r"--[a-z-]+", run)} <= taken

@@ -1,4 +1,4 @@
-"""The manifests and the CloudFormation template: their schemas, their numbers, and each other.
+"""Manifests, template, Dockerfile and scripts: their schemas, their numbers, and each other.
 
 Nothing here needs a cluster or AWS. Schemas of Kubernetes come with kubernetes-validate.
 """
@@ -26,6 +26,7 @@ NAME = "email-processor"
 LABELS = {"app.kubernetes.io/name": NAME}
 FILES = sorted((app.PROJECT / "k8s").glob("*.yaml"))
 TEMPLATE_FILE = app.PROJECT / "infra" / "email-processor.yaml"
+SCRIPTS = [*sorted(app.PROJECT.glob("*.sh")), app.PROJECT / ".ci" / "run"]
 PRIVATE = {"/metrics", "/ready"}  # the cluster's own
 SLOWEST_HEALTH = 6  # seconds; every thread waits for SQS, which has just begun to fail
 SLOWEST_READY = 7  # seconds; SSM and SQS take the connection and do not answer
@@ -601,17 +602,6 @@ WITH_LOAD_BALANCER = {
 ALARM = "AWS::CloudWatch::Alarm"
 
 
-def test_template_is_clean_under_cfn_lint() -> None:
-    command = [str(Path(sys.executable).parent / "cfn-lint"), "--include-checks", "I"]
-    done = subprocess.run(
-        [*command, "--regions", "us-west-1", "--template", str(TEMPLATE_FILE)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 @pytest.mark.parametrize(
     ("parameter", "default"),
     [
@@ -950,3 +940,23 @@ def test_alarms_are_mailed_when_an_address_is_given() -> None:
         "Protocol": "email",
         "Endpoint": "on-call@example.com",
     }
+
+
+# --- Lint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"cfn-lint --include-checks I --regions us-west-1 --template {TEMPLATE_FILE}",
+        f"hadolint {app.PROJECT / 'Dockerfile'}",
+        f"shellcheck {' '.join(map(str, SCRIPTS))}",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_is_clean_under(command: str) -> None:
+    tool, *arguments = command.split()
+    done = subprocess.run(
+        [Path(sys.executable).parent / tool, *arguments], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
