@@ -608,8 +608,12 @@ show_reasons() {
   } >&2
 }
 
+rollout_status() {
+  kube rollout status "deployment/$name" --timeout "${timeout}s" 2>&1 | sed 's/^/      /'
+}
+
 wait_for_rollout() {
-  ! quietly kube rollout status "deployment/$name" --timeout "${timeout}s" || return 0
+  ! rollout_status || return 0
   show_reasons
   if [ -z "$revision_before" ]; then
     die "The roll-out failed, for the reasons above. It was the first one, so there is nothing to go back to. Correct them and run this again."
@@ -620,7 +624,7 @@ wait_for_rollout() {
     kube apply -f - <<<"$config_before" >/dev/null || true
   fi
   if ! { quietly kube rollout undo "deployment/$name" --to-revision "$revision_before" &&
-    quietly kube rollout status "deployment/$name" --timeout "${timeout}s"; }; then
+    rollout_status; }; then
     die "The roll-out failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
   fi
   die "The roll-out failed, for the reasons above, and was undone: revision $revision_before serves again. Correct them and run this again."
@@ -634,6 +638,7 @@ wait_for_alb() {
     host=$(kube get ingress "$name-ingress" --output 'jsonpath={.status.loadBalancer.ingress[0].hostname}' 2>"$work/error") || host=""
     [ -z "$host" ] || return 0
     [ "$SECONDS" -lt "$end" ] || break
+    say "not there yet ($((end - SECONDS)) s left)"
     sleep 5
   done
   kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true

@@ -78,6 +78,7 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
         case ["rollout", "status", *_]:
             if deployment.get("spec") in state["broken"]:
                 sys.exit("error: deployment exceeded its progress deadline")
+            return 'deployment "email-processor" successfully rolled out\n'
         case ["rollout", "undo", _, "--to-revision", number]:
             objects["deployment.apps/email-processor"] = state["revisions"][int(number) - 1]
         case ["delete", *_]:
