@@ -1,8 +1,8 @@
 """email-processor: an HTTP front door for an SQS queue.
 
-A request travels through this file from top to bottom: settings, the list of errors, reading the
-body, parsing and validation, the token store, the publisher, the routes. The last part serves on a
-developer's machine, with an embedded AWS.
+A request travels through this file from top to bottom: settings, the list of errors, metrics,
+reading the body, parsing and validation, the token store, the publisher, the routes. The last part
+serves on a developer's machine, with an embedded AWS.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
 from flask import Flask, Request, Response, g, request
 from gunicorn.http.errors import ParseException
+from prometheus_client import values
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
@@ -193,13 +194,6 @@ ERRORS = {
 }
 RETRY_AFTER_SECONDS = 5
 
-REQUESTS = prometheus_client.Counter(
-    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
-)
-TOKEN_READS = prometheus_client.Counter(
-    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
-)
-
 
 class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
     """A request is answered with an error of ERRORS."""
@@ -222,6 +216,83 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
         }
         return {**body, "errors": self.errors} if self.errors else body
 
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+# Whose metrics this process writes. By default that would be its process id: a worker that ends
+# would leave its files behind for ever, and the next one would need space for new ones.
+_writer = "master"
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: _writer)  # type: ignore[no-untyped-call]
+
+# A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
+SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
+REQUESTS = prometheus_client.Counter(
+    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
+)
+REQUEST_DURATION = prometheus_client.Histogram(
+    "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
+)
+REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
+    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="sum"
+)
+SQS_CALLS = prometheus_client.Counter(
+    "email_processor_sqs_calls", "Calls of SQS that send messages, by result.", ["result"]
+)
+SQS_CALL_DURATION = prometheus_client.Histogram(
+    "email_processor_sqs_call_duration_seconds",
+    "Time of a call of SQS that sends messages.",
+    buckets=SECONDS,
+)
+SQS_BATCH_SIZE = prometheus_client.Histogram(
+    "email_processor_sqs_batch_size", "Messages in a call of SQS.", buckets=range(1, 11)
+)
+SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
+    "email_processor_sqs_circuits_open",
+    "Workers that take SQS for down and refuse at once.",
+    multiprocess_mode="sum",
+)
+TOKEN_READS = prometheus_client.Counter(
+    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
+)
+TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
+    "email_processor_token_read_timestamp_seconds",
+    "Last read of the token; of the worker for which that is longest ago; 0 for never.",
+    multiprocess_mode="min",
+)
+# Prometheus sees no increase in a series that only begins with its first event.
+for metric, label_values in {
+    REQUESTS: ("success", *ERRORS),
+    SQS_CALLS: ("success", "partial", "timeout", "unavailable", "refused"),
+    TOKEN_READS: ("success", "failure"),
+}.items():
+    for label_value in label_values:
+        metric.labels(label_value)
+
+
+def write_metrics_as(writer: str, alive: bool = False) -> None:
+    """Write into the files that carry the writer's name, and count on from what they hold.
+
+    Only one process at a time may use a name. The gauges begin anew: in a writer that is `alive`
+    with 0, else with what does not count beside the others' values.
+    """
+    global _writer
+    _writer = writer
+    REQUESTS_IN_FLIGHT.set(0)
+    SQS_CIRCUITS_OPEN.set(0)
+    TOKEN_READ_TIMESTAMP.set(0 if alive else float("inf"))
+
+
+def metrics_text() -> bytes:
+    """All workers of the pod together where there are several, else this process."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return prometheus_client.generate_latest()
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return prometheus_client.generate_latest(registry)
+
+
+# --- Requests in the log --------------------------------------------------------------------------
 
 _is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
@@ -567,6 +638,7 @@ class TokenStore:
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
+        TOKEN_READ_TIMESTAMP.set_to_current_time()
         self._tokens = tokens
         self.ready = self.ready or bool(tokens)
         if self.ready:
@@ -642,12 +714,25 @@ def trace_header_of(offered: str) -> str:
     return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
 
 
+TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
+
+
 def is_temporary(error: Exception) -> bool:
     """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
     if not isinstance(error, ClientError):
         return True
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     return status >= 500 or status == 429 or "Throttl" in cause_of(error)
+
+
+def result_of(results: list[str | Exception]) -> str:
+    """How a call ended, as a label of its metric."""
+    failures = [result for result in results if isinstance(result, Exception)]
+    if len(failures) < len(results):
+        return "partial" if failures else "success"
+    if isinstance(failures[0], TIMEOUTS):
+        return "timeout"
+    return "unavailable" if is_temporary(failures[0]) else "refused"
 
 
 @dataclass(slots=True, eq=False)
@@ -690,15 +775,16 @@ class Circuit:
         self._failures = 0
         if self.open:
             self.open = False
+            SQS_CIRCUITS_OPEN.set(0)
             seconds = round(self._clock() - self._opened_at, 1)
             log.warning("SQS is back", extra={"seconds": seconds})
 
     def failed(self, error: Exception) -> None:
         self._failures += 1
         self._probe_at = self._clock() + self.PROBE_SECONDS
-        timed_out = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
-        if not self.open and (timed_out or self._failures >= self.FAILURES):
+        if not self.open and (isinstance(error, TIMEOUTS) or self._failures >= self.FAILURES):
             self.open = True
+            SQS_CIRCUITS_OPEN.set(1)
             self._opened_at = self._clock()
             log.error("SQS is down; refused until it answers", extra={"cause": detail_of(error)})
 
@@ -820,7 +906,11 @@ class Publisher:
         """Make one call, settle its messages, and hand the next batch on whatever happens."""
         again: list[Pending] = []
         try:
+            begin = self._clock()
             results = self._call(batch)
+            SQS_CALL_DURATION.observe(self._clock() - begin)
+            SQS_BATCH_SIZE.observe(len(batch))
+            SQS_CALLS.labels(result_of(results)).inc()
             again = self._settle(batch, results)
             if again:
                 # By now the others have their answers; the pause keeps this call's place.
@@ -951,15 +1041,6 @@ def openapi_document() -> str:
     return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
 
 
-def metrics_text() -> bytes:
-    """All workers of the pod together where there are several, else this process."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return prometheus_client.generate_latest()
-    registry = prometheus_client.CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return prometheus_client.generate_latest(registry)
-
-
 class Service(Flask):
     """Flask, with routes found by path and method alone.
 
@@ -1015,6 +1096,8 @@ def create_app(
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
     @app.post("/process")
+    @REQUESTS_IN_FLIGHT.track_inprogress()
+    @REQUEST_DURATION.time()
     def process() -> Response:
         body = read_body(settings.max_request_bytes, deadline)
         if not request.is_json:

@@ -467,6 +467,146 @@ def test_metrics_are_prometheus_text_that_counts_answers_by_outcome(client: Flas
     assert count("success") == successes + 2
 
 
+DURATION = "email_processor_request_duration_seconds"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "number"),
+    [
+        ("POST", "/process", envelope(), 200, 1),
+        ("POST", "/process", b"{", 400, 1),
+        ("POST", "/process", envelope(token="wrong"), 401, 1),
+        ("POST", "//process", envelope(), 404, 0),
+        ("GET", "/process", b"", 405, 0),
+        ("GET", "/health", b"", 200, 0),
+        ("GET", "/nowhere", b"", 404, 0),
+    ],
+)
+def test_duration_is_that_of_post_process_alone(
+    client: FlaskClient,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    path: str,
+    body: bytes,
+    status: int,
+    number: int,
+) -> None:
+    before = [counted(client, f"{DURATION}_{part}") for part in ("count", "sum")]
+    with logging_as_in_production("DEBUG"):
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path}
+        response = client.open(
+            path,
+            method=method,
+            data=body,
+            environ_overrides=environ,
+            content_type="application/json",
+        )
+        (line,) = lines_of(capsys)
+    assert response.status_code == status
+    after = [counted(client, f"{DURATION}_{part}") for part in ("count", "sum")]
+    assert after[0] - before[0] == number
+    assert (0 < after[1] - before[1] <= line["duration_ms"] / 1000 + 1e-5) == bool(number)
+
+
+@pytest.mark.parametrize("failure", [None, DOWN, ValueError("a defect")], ids=name_of)
+def test_requests_in_flight_are_those_of_post_process_that_have_no_answer_yet(
+    sqs: Sqs, failure: Exception | None
+) -> None:
+    client, seen = client_of(settings(), Ssm(), sqs), []
+
+    def send(**_: Any) -> dict[str, str]:
+        seen.append(counted(client, "email_processor_requests_in_flight"))
+        return dict(give(failure or {"MessageId": "m"}, {}))
+
+    sqs.sent = send
+    post(client)
+    assert set(seen) == {1}
+    assert counted(client, "email_processor_requests_in_flight") == 0
+
+
+def test_token_read_timestamp_is_the_time_of_the_last_read_that_succeeded(
+    aws: SimpleNamespace, client: FlaskClient
+) -> None:
+    def timestamp() -> float:
+        return counted(client, "email_processor_token_read_timestamp_seconds")
+
+    app.write_metrics_as("master", alive=True)
+    assert timestamp() == 0
+    store, before = Store(aws), time.time()
+    assert store.accepts("token-0")
+    first = timestamp()
+    assert before <= first <= time.time()
+    store.ssm.answer = DOWN
+    store.clock.now += 1000
+    assert store.accepts("token-0")
+    assert timestamp() == first
+
+
+@pytest.mark.parametrize(
+    ("results", "label"),
+    [
+        (["m"], "success"),
+        (["m", "n"], "success"),
+        (["m", client_error("InternalError", 500)], "partial"),
+        ([client_error("InvalidMessageContents", 400), "m"], "partial"),
+        ([ReadTimeoutError(endpoint_url="https://aws.invalid")] * 2, "timeout"),
+        ([ConnectTimeoutError(endpoint_url="https://aws.invalid")], "timeout"),
+        ([client_error("InternalFailure", 500)], "unavailable"),
+        ([client_error("ThrottlingException", 400)] * 3, "unavailable"),
+        ([DOWN], "unavailable"),
+        ([ValueError("the answer has no MessageId")], "unavailable"),
+        ([client_error("AccessDenied", 403)], "refused"),
+        ([client_error("AWS.SimpleQueueService.NonExistentQueue", 400)] * 2, "refused"),
+    ],
+)
+def test_result_of_a_call_is_one_of_five(results: list[str | Exception], label: str) -> None:
+    assert app.result_of(results) == label
+
+
+def test_each_call_of_sqs_is_counted_with_its_result_duration_and_messages() -> None:
+    clock, answers = Clock(), [client_error("InternalFailure", 500), {"MessageId": "m"}]
+
+    def send(**_: Any) -> dict[str, str]:
+        clock.now += 0.012
+        return dict(give(answers.pop(0), {}))
+
+    client = client_of(settings(), Ssm(), Sqs(send), clock)
+    names = [
+        ("calls_total", {"result": "unavailable"}),
+        ("calls_total", {"result": "success"}),
+        ("calls_total", {}),
+        ("call_duration_seconds_bucket", {"le": "0.01"}),
+        ("call_duration_seconds_bucket", {"le": "0.015"}),
+        ("call_duration_seconds_sum", {}),
+        ("batch_size_bucket", {"le": "1.0"}),
+        ("batch_size_sum", {}),
+    ]
+
+    def values() -> list[float]:
+        return [counted(client, f"email_processor_sqs_{name}", **labels) for name, labels in names]
+
+    before = values()
+    assert post(client).status_code == 200
+    grown = [now - then for now, then in zip(values(), before, strict=True)]
+    assert grown == pytest.approx([1, 1, 2, 0, 2, 0.024, 2, 2])
+
+
+def test_circuit_is_shown_as_open_until_sqs_answers() -> None:
+    clock, sqs = Clock(), Sqs(ReadTimeoutError(endpoint_url="https://aws.invalid"))
+    client = client_of(settings(), Ssm(), sqs, clock)
+
+    def is_open() -> float:
+        return counted(client, "email_processor_sqs_circuits_open")
+
+    assert is_open() == 0
+    post(client)
+    assert is_open() == 1
+    sqs.sent = {"MessageId": "m"}
+    clock.now += 1
+    assert post(client).status_code == 200
+    assert is_open() == 0
+
+
 def test_openapi_document_describes_every_endpoint(client: FlaskClient) -> None:
     response = client.get("/openapi.json")
     document = response.get_json()

@@ -90,11 +90,23 @@ def test_openapi_documents_every_status_of_process() -> None:
     assert documented - {"404", "405"} == {"200", *statuses}
 
 
-def test_readme_lists_every_metric() -> None:
-    listed = {row[0].removesuffix("_total") for row in readme_table("Metrics")}
-    served = {
-        metric.name for metric in REGISTRY.collect() if metric.name.startswith("email_processor")
-    }
+def test_readme_lists_every_metric_with_its_type_labels_and_label_values() -> None:
+    served = {}
+    for metric in REGISTRY.collect():
+        labels: dict[str, set[str]] = {}
+        for name, value in (pair for sample in metric.samples for pair in sample.labels.items()):
+            labels.setdefault(name, set()).add(value)
+        labels.pop("le", None)  # a histogram's own
+        name = metric.name + "_total" * (metric.type == "counter")
+        if name.startswith("email_processor"):
+            served[name] = (metric.type, labels)
+    listed = {}
+    for name, kind, cell, _ in readme_table("Metrics"):
+        label, *values = re.findall(r"`(\w+)`", f"`{cell}`") or [""]
+        codes = app.ERRORS.keys() if "error code" in cell else set()
+        listed[name] = (kind, {label: {*values, *codes}} if label else {})
+    # Gauges of the time since when a process counts; Gunicorn's workers together have none.
+    served = {name: found for name, found in served.items() if not name.endswith("_created")}
     assert listed == served
 
 
