@@ -36,7 +36,7 @@ import prometheus_client
 import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Request, Response, g, has_app_context, request
 from gunicorn.http.errors import ParseException
 from prometheus_client import values
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -156,6 +156,7 @@ def logging_config(level: str) -> dict[str, Any]:
         "handlers": {
             "stdout": {
                 "class": "logging.StreamHandler",
+                "filters": [add_request],
                 "formatter": "json",
                 "stream": "ext://sys.stdout",
             }
@@ -292,7 +293,7 @@ def metrics_text() -> bytes:
     return prometheus_client.generate_latest(registry)
 
 
-# --- Requests in the log --------------------------------------------------------------------------
+# --- Request ids, traces and log lines ------------------------------------------------------------
 
 _is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
@@ -303,6 +304,38 @@ def request_id_of(offered: str) -> str:
     It is no secret, so it need not cost a system call.
     """
     return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
+
+
+_x_ray_header = re.compile(
+    r"(?:\w+=[\w:.|-]+;)*Root=(1-[0-9a-f]{8}-[0-9a-f]{24})(?:;\w+=[\w:.|-]*)*;?", re.ASCII
+).fullmatch
+# By W3C Trace Context: ff is no version, zeros are no id, and only versions after 00 may say more.
+_traceparent = re.compile(
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{8})([0-9a-f]{24})"
+    r"-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+).fullmatch
+
+
+def trace_of(x_amzn_trace_id: str, traceparent: str) -> tuple[str, str | None]:
+    """The X-Ray header that goes on with the message, and the id of the trace for the log.
+
+    Of the two headers the first that is well-formed counts; SQS would refuse a message with any
+    other text. The empty text and None when there is none.
+    """
+    if len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
+        return x_amzn_trace_id, found[1]
+    if found := _traceparent(traceparent):
+        seconds, rest, parent, flags = found.groups()
+        trace_id = f"1-{seconds}-{rest}"
+        return f"Root={trace_id};Parent={parent};Sampled={int(flags, 16) & 1}", trace_id
+    return "", None
+
+
+def add_request(record: logging.LogRecord) -> bool:
+    """The log's filter: a line that is written while a request is handled tells which one."""
+    if not hasattr(record, "request_id") and has_app_context() and "line" in g:
+        vars(record).update({n: g.line[n] for n in ("request_id", "trace_id") if g.line[n]})
+    return True
 
 
 def record_answer(path: str, status: int, **line: Any) -> None:
@@ -708,12 +741,6 @@ def ascii_json(text: str) -> str:
     return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
 
 
-def trace_header_of(offered: str) -> str:
-    """The ALB's X-Amzn-Trace-Id if it is one; SQS would refuse the message for anything else."""
-    shape = r"(\w+=[\w:.|-]+;)*Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;\w+=[\w:.|-]*)*;?"
-    return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
-
-
 TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
@@ -1115,7 +1142,7 @@ def create_app(
                 body=ascii_json(data_text(text)),
                 request_id=line["request_id"],
                 idempotency_key=environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
-                trace_header=trace_header_of(environ.get("HTTP_X_AMZN_TRACE_ID", "")),
+                trace_header=g.trace_header,
             )
         )
         return json_response(
@@ -1189,9 +1216,7 @@ def create_app(
             refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
             refusal = Refusal("internal_error")
-            log.error(
-                "unforeseen error", exc_info=error, extra={"request_id": g.line["request_id"]}
-            )
+            log.error("unforeseen error", exc_info=error)
         if refusal.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         g.line["error"] = refusal.code
@@ -1204,8 +1229,12 @@ def create_app(
     @app.before_request
     def begin() -> None:
         environ = request.environ
+        g.trace_header, trace_id = trace_of(
+            environ.get("HTTP_X_AMZN_TRACE_ID", ""), environ.get("HTTP_TRACEPARENT", "")
+        )
         # The request's log line, gathered on the way.
-        g.line = {"request_id": request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))}
+        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
+        g.line = {"request_id": request_id, "trace_id": trace_id}
         g.started = time.perf_counter()
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
@@ -1228,7 +1257,6 @@ def create_app(
             # The ALB appends the address that it saw; what is left of it is the caller's word.
             client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
             status=response.status_code,
-            trace_id=environ.get("HTTP_X_AMZN_TRACE_ID"),
             duration_ms=round(duration * 1000, 2),
             **line,
         )

@@ -80,6 +80,15 @@ def test_readme_and_openapi_list_every_route() -> None:
     assert in_openapi == routes
 
 
+def test_readme_and_openapi_list_the_same_headers() -> None:
+    parameters = OPENAPI["paths"]["/process"]["post"]["parameters"]
+    shared = OPENAPI["components"]["parameters"]
+    in_openapi = {
+        p["name"] if "name" in p else shared[p["$ref"].split("/")[-1]]["name"] for p in parameters
+    }
+    assert {row[0] for row in readme_table("POST /process")} == {"Content-Type", *in_openapi}
+
+
 def test_openapi_gives_every_error_code_an_example_and_no_other() -> None:
     assert set(error_examples(OPENAPI)) == set(app.ERRORS)
 

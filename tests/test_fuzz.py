@@ -337,6 +337,10 @@ UTF_8_TEXTS = st.text().map(lambda text: text.encode().decode("latin-1"))
 HEADER_VALUES = (HEADER_TEXTS | UTF_8_TEXTS).map(
     lambda text: re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", "", text)
 )
+TRACES = HEADER_VALUES | st.from_regex(
+    r"(Root=1-[0-9a-f]{8}-[0-9a-f]{24}|[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-0[01])[-;]?[=:|\w]*",
+    fullmatch=True,
+).filter(str.isascii)
 HEADERS = st.dictionaries(HEADER_NAMES, HEADER_VALUES, max_size=6)
 
 
@@ -352,10 +356,17 @@ def test_any_headers_get_a_4xx_or_do_not_matter(headers: dict[str, str]) -> None
 
 
 @FUZZ
-@given(HEADER_VALUES, HEADER_VALUES, HEADER_VALUES)
-def test_any_headers_that_go_into_the_queue_are_taken(key: str, trace: str, request: str) -> None:
-    headers = {"Idempotency-Key": key, "X-Amzn-Trace-Id": trace, "X-Request-Id": request}
-    assert ask(headers=JSON | headers, body=BODY).outcome == "success"
+@given(HEADER_VALUES, TRACES, TRACES, HEADER_VALUES)
+def test_any_headers_that_go_into_the_queue_are_taken(
+    key: str, trace: str, traceparent: str, request: str
+) -> None:
+    headers = {"Idempotency-Key": key, "X-Amzn-Trace-Id": trace, "traceparent": traceparent}
+    answer = ask(headers=JSON | headers | {"X-Request-Id": request}, body=BODY)
+    assert answer.outcome == "success"
+    assert answer.message
+    for passed_on in answer.message.get("MessageSystemAttributes", {}).values():
+        assert re.search("(^|;)Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;|$)", passed_on["StringValue"])
+        assert re.fullmatch(r"[\w=;:.|-]{1,1024}", passed_on["StringValue"], re.ASCII)
 
 
 ASSETS = ["/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"]
