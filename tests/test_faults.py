@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from conftest import (
     DATA,
     PARAMETER,
     TOKEN,
+    WAIT,
     Service,
     StartService,
     environment,
@@ -39,6 +41,7 @@ from load import Ledger, Load
 
 import app
 
+TOKEN_READ = "email_processor_token_read_timestamp_seconds"
 THROUGHPUT = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
 Figures = Callable[..., None]
 
@@ -323,10 +326,12 @@ def test_ssm_down_at_the_start_is_not_ready_and_recovers_by_itself(
         assert "ssm:GetParameters failed: AccessDeniedException" in ready.json["message"]
         assert service.ask(post()).error == "token_store_unavailable"
         assert service.get("/health").status == 200
+        assert service.metrics()[TOKEN_READ] == 0
         fake.set(faults={})
         begin = time.monotonic()
         eventually(lambda: service.ask(post()).status == 200)
         seconds = time.monotonic() - begin
+        assert service.metrics()[TOKEN_READ] > time.time() - WAIT
         assert service.get("/ready").status == 200
         fake.set(faults={"*": {"kind": "hang"}})
         assert service.get("/ready").status == 200, "never turns back"
@@ -585,9 +590,10 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
         Load(service.port, clients=32) as right,
         Load(service.port, clients=4, body=with_token("wrong")) as wrong,
     ):
-        for _ in range(kills):
+        for number in range(kills):
             time.sleep(0.5)
-            victim = random.choice(service.workers())
+            # The newest twice, so that its counts and its predecessor's must stay; then the oldest.
+            victim = service.workers()[0 if number % 3 == 2 else -1]
             kill(victim)
             eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
         time.sleep(0.5)
@@ -657,6 +663,9 @@ def test_disk_that_fills_up_is_not_noticed_and_stops_no_worker_from_being_replac
         assert fill(disk / "ballast") > 0
         before = service.metrics()
         with Load(service.port, clients=16) as load:
+            old = service.workers()
+            service.process.send_signal(signal.SIGHUP)
+            eventually(lambda: len(service.workers()) == 4 and not {*old} & {*service.workers()})
             for victim in service.workers():
                 time.sleep(0.2)
                 kill(victim)
