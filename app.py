@@ -1,8 +1,8 @@
 """email-processor: an HTTP front door for an SQS queue.
 
-A request travels through this file from top to bottom: settings, the list of errors, reading the
-body, parsing and validation, the token store, the publisher, the routes. The last part serves on a
-developer's machine, with an embedded AWS.
+A request travels through this file from top to bottom: settings, the list of errors, metrics,
+reading the body, parsing and validation, the token store, the publisher, the routes. The last part
+serves on a developer's machine, with an embedded AWS.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ import prometheus_client
 import yaml
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Request, Response, g, has_app_context, request
 from gunicorn.http.errors import ParseException
+from prometheus_client import values
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
@@ -155,6 +156,7 @@ def logging_config(level: str) -> dict[str, Any]:
         "handlers": {
             "stdout": {
                 "class": "logging.StreamHandler",
+                "filters": [add_request],
                 "formatter": "json",
                 "stream": "ext://sys.stdout",
             }
@@ -193,13 +195,6 @@ ERRORS = {
 }
 RETRY_AFTER_SECONDS = 5
 
-REQUESTS = prometheus_client.Counter(
-    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
-)
-TOKEN_READS = prometheus_client.Counter(
-    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
-)
-
 
 class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
     """A request is answered with an error of ERRORS."""
@@ -223,6 +218,83 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
         return {**body, "errors": self.errors} if self.errors else body
 
 
+# --- Metrics --------------------------------------------------------------------------------------
+
+# Whose metrics this process writes. By default that would be its process id: a worker that ends
+# would leave its files behind for ever, and the next one would need space for new ones.
+_writer = "master"
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: _writer)  # type: ignore[no-untyped-call]
+
+# A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
+SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
+REQUESTS = prometheus_client.Counter(
+    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
+)
+REQUEST_DURATION = prometheus_client.Histogram(
+    "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
+)
+REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
+    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="sum"
+)
+SQS_CALLS = prometheus_client.Counter(
+    "email_processor_sqs_calls", "Calls of SQS that send messages, by result.", ["result"]
+)
+SQS_CALL_DURATION = prometheus_client.Histogram(
+    "email_processor_sqs_call_duration_seconds",
+    "Time of a call of SQS that sends messages.",
+    buckets=SECONDS,
+)
+SQS_BATCH_SIZE = prometheus_client.Histogram(
+    "email_processor_sqs_batch_size", "Messages in a call of SQS.", buckets=range(1, 11)
+)
+SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
+    "email_processor_sqs_circuits_open",
+    "Workers that take SQS for down and refuse at once.",
+    multiprocess_mode="sum",
+)
+TOKEN_READS = prometheus_client.Counter(
+    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
+)
+TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
+    "email_processor_token_read_timestamp_seconds",
+    "Last read of the token; of the worker for which that is longest ago; 0 for never.",
+    multiprocess_mode="min",
+)
+# Prometheus sees no increase in a series that only begins with its first event.
+for metric, label_values in {
+    REQUESTS: ("success", *ERRORS),
+    SQS_CALLS: ("success", "partial", "timeout", "unavailable", "refused"),
+    TOKEN_READS: ("success", "failure"),
+}.items():
+    for label_value in label_values:
+        metric.labels(label_value)
+
+
+def write_metrics_as(writer: str, alive: bool = False) -> None:
+    """Write into the files that carry the writer's name, and count on from what they hold.
+
+    Only one process at a time may use a name. The gauges begin anew: in a writer that is `alive`
+    with 0, else with what does not count beside the others' values.
+    """
+    global _writer
+    _writer = writer
+    REQUESTS_IN_FLIGHT.set(0)
+    SQS_CIRCUITS_OPEN.set(0)
+    TOKEN_READ_TIMESTAMP.set(0 if alive else float("inf"))
+
+
+def metrics_text() -> bytes:
+    """All workers of the pod together where there are several, else this process."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return prometheus_client.generate_latest()
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return prometheus_client.generate_latest(registry)
+
+
+# --- Request ids, traces and log lines ------------------------------------------------------------
+
 _is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
@@ -232,6 +304,38 @@ def request_id_of(offered: str) -> str:
     It is no secret, so it need not cost a system call.
     """
     return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
+
+
+_x_ray_header = re.compile(
+    r"(?:\w+=[\w:.|-]+;)*Root=(1-[0-9a-f]{8}-[0-9a-f]{24})(?:;\w+=[\w:.|-]*)*;?", re.ASCII
+).fullmatch
+# By W3C Trace Context: ff is no version, zeros are no id, and only versions after 00 may say more.
+_traceparent = re.compile(
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{8})([0-9a-f]{24})"
+    r"-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
+).fullmatch
+
+
+def trace_of(x_amzn_trace_id: str, traceparent: str) -> tuple[str, str | None]:
+    """The X-Ray header that goes on with the message, and the id of the trace for the log.
+
+    Of the two headers the first that is well-formed counts; SQS would refuse a message with any
+    other text. The empty text and None when there is none.
+    """
+    if len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
+        return x_amzn_trace_id, found[1]
+    if found := _traceparent(traceparent):
+        seconds, rest, parent, flags = found.groups()
+        trace_id = f"1-{seconds}-{rest}"
+        return f"Root={trace_id};Parent={parent};Sampled={int(flags, 16) & 1}", trace_id
+    return "", None
+
+
+def add_request(record: logging.LogRecord) -> bool:
+    """The log's filter: a line that is written while a request is handled tells which one."""
+    if not hasattr(record, "request_id") and has_app_context() and "line" in g:
+        vars(record).update({n: g.line[n] for n in ("request_id", "trace_id") if g.line[n]})
+    return True
 
 
 def record_answer(path: str, status: int, **line: Any) -> None:
@@ -567,6 +671,7 @@ class TokenStore:
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
+        TOKEN_READ_TIMESTAMP.set_to_current_time()
         self._tokens = tokens
         self.ready = self.ready or bool(tokens)
         if self.ready:
@@ -636,10 +741,7 @@ def ascii_json(text: str) -> str:
     return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
 
 
-def trace_header_of(offered: str) -> str:
-    """The ALB's X-Amzn-Trace-Id if it is one; SQS would refuse the message for anything else."""
-    shape = r"(\w+=[\w:.|-]+;)*Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;\w+=[\w:.|-]*)*;?"
-    return offered if len(offered) <= 1024 and re.fullmatch(shape, offered, re.ASCII) else ""
+TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
 def is_temporary(error: Exception) -> bool:
@@ -648,6 +750,16 @@ def is_temporary(error: Exception) -> bool:
         return True
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     return status >= 500 or status == 429 or "Throttl" in cause_of(error)
+
+
+def result_of(results: list[str | Exception]) -> str:
+    """How a call ended, as a label of its metric."""
+    failures = [result for result in results if isinstance(result, Exception)]
+    if len(failures) < len(results):
+        return "partial" if failures else "success"
+    if isinstance(failures[0], TIMEOUTS):
+        return "timeout"
+    return "unavailable" if is_temporary(failures[0]) else "refused"
 
 
 @dataclass(slots=True, eq=False)
@@ -690,15 +802,16 @@ class Circuit:
         self._failures = 0
         if self.open:
             self.open = False
+            SQS_CIRCUITS_OPEN.set(0)
             seconds = round(self._clock() - self._opened_at, 1)
             log.warning("SQS is back", extra={"seconds": seconds})
 
     def failed(self, error: Exception) -> None:
         self._failures += 1
         self._probe_at = self._clock() + self.PROBE_SECONDS
-        timed_out = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
-        if not self.open and (timed_out or self._failures >= self.FAILURES):
+        if not self.open and (isinstance(error, TIMEOUTS) or self._failures >= self.FAILURES):
             self.open = True
+            SQS_CIRCUITS_OPEN.set(1)
             self._opened_at = self._clock()
             log.error("SQS is down; refused until it answers", extra={"cause": detail_of(error)})
 
@@ -820,7 +933,11 @@ class Publisher:
         """Make one call, settle its messages, and hand the next batch on whatever happens."""
         again: list[Pending] = []
         try:
+            begin = self._clock()
             results = self._call(batch)
+            SQS_CALL_DURATION.observe(self._clock() - begin)
+            SQS_BATCH_SIZE.observe(len(batch))
+            SQS_CALLS.labels(result_of(results)).inc()
             again = self._settle(batch, results)
             if again:
                 # By now the others have their answers; the pause keeps this call's place.
@@ -951,15 +1068,6 @@ def openapi_document() -> str:
     return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
 
 
-def metrics_text() -> bytes:
-    """All workers of the pod together where there are several, else this process."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return prometheus_client.generate_latest()
-    registry = prometheus_client.CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return prometheus_client.generate_latest(registry)
-
-
 class Service(Flask):
     """Flask, with routes found by path and method alone.
 
@@ -1015,6 +1123,8 @@ def create_app(
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
     @app.post("/process")
+    @REQUESTS_IN_FLIGHT.track_inprogress()
+    @REQUEST_DURATION.time()
     def process() -> Response:
         body = read_body(settings.max_request_bytes, deadline)
         if not request.is_json:
@@ -1032,7 +1142,7 @@ def create_app(
                 body=ascii_json(data_text(text)),
                 request_id=line["request_id"],
                 idempotency_key=environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
-                trace_header=trace_header_of(environ.get("HTTP_X_AMZN_TRACE_ID", "")),
+                trace_header=g.trace_header,
             )
         )
         return json_response(
@@ -1106,9 +1216,7 @@ def create_app(
             refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
             refusal = Refusal("internal_error")
-            log.error(
-                "unforeseen error", exc_info=error, extra={"request_id": g.line["request_id"]}
-            )
+            log.error("unforeseen error", exc_info=error)
         if refusal.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         g.line["error"] = refusal.code
@@ -1121,8 +1229,12 @@ def create_app(
     @app.before_request
     def begin() -> None:
         environ = request.environ
+        g.trace_header, trace_id = trace_of(
+            environ.get("HTTP_X_AMZN_TRACE_ID", ""), environ.get("HTTP_TRACEPARENT", "")
+        )
         # The request's log line, gathered on the way.
-        g.line = {"request_id": request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))}
+        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
+        g.line = {"request_id": request_id, "trace_id": trace_id}
         g.started = time.perf_counter()
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
@@ -1145,7 +1257,6 @@ def create_app(
             # The ALB appends the address that it saw; what is left of it is the caller's word.
             client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
             status=response.status_code,
-            trace_id=environ.get("HTTP_X_AMZN_TRACE_ID"),
             duration_ms=round(duration * 1000, 2),
             **line,
         )

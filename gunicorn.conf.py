@@ -1,6 +1,7 @@
 """How Gunicorn serves the application: plain `gunicorn` in this folder reads this file."""
 
 import atexit
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import time
 import types
 from contextlib import suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from gunicorn.http.errors import (
@@ -25,18 +27,36 @@ from gunicorn.http.errors import (
     ParseException,
 )
 
-# prometheus_client looks at the variable when it is imported, so it must be set before app is.
-if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-    _master, _metrics = os.getpid(), tempfile.mkdtemp(prefix="email-processor-")
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = _metrics
+# The root file system is read-only, and a write to a disk, be it into a mapped file, can block.
+memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 
-    def _remove_metrics() -> None:
-        if os.getpid() == _master:  # workers run exit handlers too
-            shutil.rmtree(_metrics, ignore_errors=True)
 
-    atexit.register(_remove_metrics)
+def prepare_metrics() -> None:
+    """Provide the folder of the metrics' files, with space for them. Raises OSError."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    else:
+        master, folder = os.getpid(), tempfile.mkdtemp(prefix="email-processor-", dir=memory)
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
 
-from prometheus_client.multiprocess import mark_process_dead
+        def remove() -> None:
+            if os.getpid() == master:  # workers run exit handlers too
+                shutil.rmtree(folder, ignore_errors=True)
+
+        atexit.register(remove)
+    # A mapped file takes its space when it is written to, and then SIGBUS says that there is none.
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2**22))  # the master and twice 64 workers take 20 kB each
+
+
+# prometheus_client looks at the variable when it is imported, and app's metrics make files at once.
+# On SIGHUP this file is read again.
+if "app" not in sys.modules:
+    try:
+        prepare_metrics()
+    except OSError as error:
+        sys.exit(f"PROMETHEUS_MULTIPROC_DIR must be a folder with 4 MiB of free space: {error}")
 
 import app
 
@@ -59,8 +79,7 @@ keepalive = 75
 graceful_timeout = 25
 # Recycling workers would reset connections in gthread.
 max_requests = 0
-# The root file system is read-only, and a heartbeat on a disk can block a worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+worker_tmp_dir = memory  # of the heartbeat
 control_socket_disable = True
 # app.py writes a JSON line for each request.
 accesslog = None
@@ -72,6 +91,14 @@ forwarder_headers = ""
 
 
 def when_ready(server: Any) -> None:
+    # Now that the port is this service's own, so is the folder. Every worker's files are made here,
+    # whole: whoever replaces one finds them, and needs no space that may be gone by then. On SIGHUP
+    # old and new workers live side by side.
+    for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db"):
+        file.unlink()
+    for slot in range(2 * workers):
+        app.write_metrics_as(str(slot))
+    app.write_metrics_as("master")
     # No thread waits for a client that connects and sends nothing, nor longer than that for one
     # that reads nothing; the connections inherit both.
     for listener in server.LISTENERS:
@@ -80,7 +107,13 @@ def when_ready(server: Any) -> None:
         listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
 
 
+def pre_fork(server: Any, worker: Any) -> None:
+    taken = {other.slot for other in server.WORKERS.values()}
+    worker.slot = next(slot for slot in map(str, itertools.count()) if slot not in taken)
+
+
 def post_fork(server: Any, worker: Any) -> None:
+    app.write_metrics_as(worker.slot, alive=True)
     # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
     # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -119,7 +152,10 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    # mark_process_dead would delete the files of gauges, and the next worker may find no space for
+    # its own. The master leaves the slot again: a fork would take what it remembers for the counts.
+    app.write_metrics_as(worker.slot)
+    app.write_metrics_as("master")
 
 
 def refuse_unreadable_request(

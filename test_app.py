@@ -58,7 +58,8 @@ DATA = {
 }
 PARAMETER = "/email-service/api-token"
 QUEUE_URL = "https://sqs.us-west-1.amazonaws.com/123456789012/dev-CP-queue"
-TRACE = "Root=1-67891233-abcdef012345678912345678"
+TRACE_ID = "1-67891233-abcdef012345678912345678"
+TRACE = f"Root={TRACE_ID}"
 GET_PATHS = ["/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"]
 GET_PATHS += ["/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"]
 
@@ -465,6 +466,146 @@ def test_metrics_are_prometheus_text_that_counts_answers_by_outcome(client: Flas
     post(client)
     # The request, and the reading of the metrics before it.
     assert count("success") == successes + 2
+
+
+DURATION = "email_processor_request_duration_seconds"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "number"),
+    [
+        ("POST", "/process", envelope(), 200, 1),
+        ("POST", "/process", b"{", 400, 1),
+        ("POST", "/process", envelope(token="wrong"), 401, 1),
+        ("POST", "//process", envelope(), 404, 0),
+        ("GET", "/process", b"", 405, 0),
+        ("GET", "/health", b"", 200, 0),
+        ("GET", "/nowhere", b"", 404, 0),
+    ],
+)
+def test_duration_is_that_of_post_process_alone(
+    client: FlaskClient,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    path: str,
+    body: bytes,
+    status: int,
+    number: int,
+) -> None:
+    before = [counted(client, f"{DURATION}_{part}") for part in ("count", "sum")]
+    with logging_as_in_production("DEBUG"):
+        environ = {"REQUEST_METHOD": method, "PATH_INFO": path}
+        response = client.open(
+            path,
+            method=method,
+            data=body,
+            environ_overrides=environ,
+            content_type="application/json",
+        )
+        (line,) = lines_of(capsys)
+    assert response.status_code == status
+    after = [counted(client, f"{DURATION}_{part}") for part in ("count", "sum")]
+    assert after[0] - before[0] == number
+    assert (0 < after[1] - before[1] <= line["duration_ms"] / 1000 + 1e-5) == bool(number)
+
+
+@pytest.mark.parametrize("failure", [None, DOWN, ValueError("a defect")], ids=name_of)
+def test_requests_in_flight_are_those_of_post_process_that_have_no_answer_yet(
+    sqs: Sqs, failure: Exception | None
+) -> None:
+    client, seen = client_of(settings(), Ssm(), sqs), []
+
+    def send(**_: Any) -> dict[str, str]:
+        seen.append(counted(client, "email_processor_requests_in_flight"))
+        return dict(give(failure or {"MessageId": "m"}, {}))
+
+    sqs.sent = send
+    post(client)
+    assert set(seen) == {1}
+    assert counted(client, "email_processor_requests_in_flight") == 0
+
+
+def test_token_read_timestamp_is_the_time_of_the_last_read_that_succeeded(
+    aws: SimpleNamespace, client: FlaskClient
+) -> None:
+    def timestamp() -> float:
+        return counted(client, "email_processor_token_read_timestamp_seconds")
+
+    app.write_metrics_as("master", alive=True)
+    assert timestamp() == 0
+    store, before = Store(aws), time.time()
+    assert store.accepts("token-0")
+    first = timestamp()
+    assert before <= first <= time.time()
+    store.ssm.answer = DOWN
+    store.clock.now += 1000
+    assert store.accepts("token-0")
+    assert timestamp() == first
+
+
+@pytest.mark.parametrize(
+    ("results", "label"),
+    [
+        (["m"], "success"),
+        (["m", "n"], "success"),
+        (["m", client_error("InternalError", 500)], "partial"),
+        ([client_error("InvalidMessageContents", 400), "m"], "partial"),
+        ([ReadTimeoutError(endpoint_url="https://aws.invalid")] * 2, "timeout"),
+        ([ConnectTimeoutError(endpoint_url="https://aws.invalid")], "timeout"),
+        ([client_error("InternalFailure", 500)], "unavailable"),
+        ([client_error("ThrottlingException", 400)] * 3, "unavailable"),
+        ([DOWN], "unavailable"),
+        ([ValueError("the answer has no MessageId")], "unavailable"),
+        ([client_error("AccessDenied", 403)], "refused"),
+        ([client_error("AWS.SimpleQueueService.NonExistentQueue", 400)] * 2, "refused"),
+    ],
+)
+def test_result_of_a_call_is_one_of_five(results: list[str | Exception], label: str) -> None:
+    assert app.result_of(results) == label
+
+
+def test_each_call_of_sqs_is_counted_with_its_result_duration_and_messages() -> None:
+    clock, answers = Clock(), [client_error("InternalFailure", 500), {"MessageId": "m"}]
+
+    def send(**_: Any) -> dict[str, str]:
+        clock.now += 0.012
+        return dict(give(answers.pop(0), {}))
+
+    client = client_of(settings(), Ssm(), Sqs(send), clock)
+    names = [
+        ("calls_total", {"result": "unavailable"}),
+        ("calls_total", {"result": "success"}),
+        ("calls_total", {}),
+        ("call_duration_seconds_bucket", {"le": "0.01"}),
+        ("call_duration_seconds_bucket", {"le": "0.015"}),
+        ("call_duration_seconds_sum", {}),
+        ("batch_size_bucket", {"le": "1.0"}),
+        ("batch_size_sum", {}),
+    ]
+
+    def values() -> list[float]:
+        return [counted(client, f"email_processor_sqs_{name}", **labels) for name, labels in names]
+
+    before = values()
+    assert post(client).status_code == 200
+    grown = [now - then for now, then in zip(values(), before, strict=True)]
+    assert grown == pytest.approx([1, 1, 2, 0, 2, 0.024, 2, 2])
+
+
+def test_circuit_is_shown_as_open_until_sqs_answers() -> None:
+    clock, sqs = Clock(), Sqs(ReadTimeoutError(endpoint_url="https://aws.invalid"))
+    client = client_of(settings(), Ssm(), sqs, clock)
+
+    def is_open() -> float:
+        return counted(client, "email_processor_sqs_circuits_open")
+
+    assert is_open() == 0
+    post(client)
+    assert is_open() == 1
+    sqs.sent = {"MessageId": "m"}
+    clock.now += 1
+    assert post(client).status_code == 200
+    assert is_open() == 0
 
 
 def test_openapi_document_describes_every_endpoint(client: FlaskClient) -> None:
@@ -1333,7 +1474,7 @@ def test_garbled_answer_of_aws_is_503(service: Service, operation: str, body: by
 
 
 def test_defect_is_500_logged_with_its_traceback_and_reveals_nothing(
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flask_app: Flask = app.create_app(settings(), ssm=Ssm(), sqs=Sqs())
 
@@ -1341,15 +1482,16 @@ def test_defect_is_500_logged_with_its_traceback_and_reveals_nothing(
         raise RuntimeError("something internal")
 
     flask_app.add_url_rule("/defect", view_func=defect)
-    response = flask_app.test_client().get("/defect", headers={"X-Request-Id": "r-1"})
+    with logging_as_in_production("INFO"):
+        response = flask_app.test_client().get("/defect", headers={"X-Request-Id": "r-1"})
     assert_refused(response, "internal_error")
     assert "something internal" not in response.get_data(as_text=True)
     assert "RuntimeError" not in response.get_data(as_text=True)
-    (record,) = [record for record in caplog.records if record.exc_info]
-    assert "something internal" in caplog.text
-    assert "in defect" in caplog.text
-    assert record.levelno == logging.ERROR
-    assert record.__dict__["request_id"] == "r-1"
+    defect_line, answer = lines_of(capsys)
+    assert "something internal" in defect_line["exc_info"]
+    assert "in defect" in defect_line["exc_info"]
+    assert defect_line["level"] == answer["level"] == "ERROR"
+    assert defect_line["request_id"] == answer["request_id"] == "r-1"
 
 
 def test_every_error_code_has_a_status_of_4xx_or_5xx_and_a_message() -> None:
@@ -1847,18 +1989,80 @@ BAD_TRACES = [
 ]
 
 
-@pytest.mark.parametrize("trace", GOOD_TRACES)
-def test_trace_header_of_the_alb_goes_on_through_the_queue(service: Service, trace: str) -> None:
-    assert post(service.client, headers={"X-Amzn-Trace-Id": trace}).status_code == 200
+PARENT, HEX = "53995c3f42cd8ad8", TRACE_ID.replace("-", "")[1:]
+GOOD_TRACEPARENTS = {
+    f"00-{HEX}-{PARENT}-01": "Sampled=1",
+    f"00-{HEX}-{PARENT}-00": "Sampled=0",
+    f"00-{HEX}-{PARENT}-03": "Sampled=1",
+    f"00-{HEX}-{PARENT}-fe": "Sampled=0",
+    f"01-{HEX}-{PARENT}-01": "Sampled=1",
+    f"fe-{HEX}-{PARENT}-01-what later versions add": "Sampled=1",
+}
+BAD_TRACEPARENTS = [
+    "",
+    "x",
+    HEX,
+    f"00-{HEX}-{PARENT}",
+    f"00-{HEX}-{PARENT}-1",
+    f"00-{HEX}-{PARENT}-01-",
+    f"00-{HEX}-{PARENT}-01-more",
+    f"00-{HEX}-{PARENT}-011",
+    f"01-{HEX}-{PARENT}-011",
+    f"ff-{HEX}-{PARENT}-01",
+    f"00-{HEX.upper()}-{PARENT}-01",
+    f"00-{'0' * 32}-{PARENT}-01",
+    f"00-{HEX}-{'0' * 16}-01",
+    f"00-{HEX[1:]}-{PARENT}-01",
+    f"00-{HEX}-{PARENT}-01,00-{HEX}-{PARENT}-01",
+    f" 00-{HEX}-{PARENT}-01",
+    f"00-{HEX}-{PARENT}-0\u0661",
+    f"00-{HEX}-{PARENT}-01\x0b",
+]
+
+
+def trace_of(
+    service: Service, capsys: pytest.CaptureFixture[str], **headers: str
+) -> tuple[str | None, str | None]:
+    """The trace header in the queue, and the trace id in the log."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    with logging_as_in_production("INFO"):
+        assert post(service.client, headers=names).status_code == 200
+        (line,) = lines_of(capsys)
     message = service.only_message()
-    assert message["Attributes"]["AWSTraceHeader"] == trace
     assert "AWSTraceHeader" not in message["MessageAttributes"]
+    return message["Attributes"].get("AWSTraceHeader"), line.get("trace_id")
 
 
-@pytest.mark.parametrize("trace", BAD_TRACES, ids=lambda trace: ascii(trace)[-24:])
-def test_bad_trace_header_is_dropped_and_the_message_is_not(service: Service, trace: str) -> None:
-    assert post(service.client, headers={"X-Amzn-Trace-Id": trace}).status_code == 200
-    assert "AWSTraceHeader" not in service.only_message()["Attributes"]
+@pytest.mark.parametrize("trace", GOOD_TRACES)
+def test_trace_header_of_the_alb_goes_on_through_the_queue(
+    service: Service, capsys: pytest.CaptureFixture[str], trace: str
+) -> None:
+    both = {"X_Amzn_Trace_Id": trace, "traceparent": f"00-{'a' * 32}-{PARENT}-01"}
+    assert trace_of(service, capsys, **both) == (trace, TRACE_ID)
+
+
+@pytest.mark.parametrize(("traceparent", "sampled"), GOOD_TRACEPARENTS.items())
+@pytest.mark.parametrize("other", ["", "Root=1"])
+def test_traceparent_goes_on_in_the_form_of_x_ray_where_no_other_header_counts(
+    service: Service, capsys: pytest.CaptureFixture[str], traceparent: str, sampled: str, other: str
+) -> None:
+    headers = {"X_Amzn_Trace_Id": other, "traceparent": traceparent}
+    expected = f"Root={TRACE_ID};Parent={PARENT};{sampled}"
+    assert trace_of(service, capsys, **headers) == (expected, TRACE_ID)
+
+
+@pytest.mark.parametrize(
+    ("header", "trace"),
+    [
+        *(("X_Amzn_Trace_Id", trace) for trace in BAD_TRACES),
+        *(("traceparent", trace) for trace in BAD_TRACEPARENTS),
+    ],
+    ids=lambda text: ascii(text)[-24:],
+)
+def test_bad_trace_header_reaches_neither_queue_nor_log(
+    service: Service, capsys: pytest.CaptureFixture[str], header: str, trace: str
+) -> None:
+    assert trace_of(service, capsys, **{header: trace}) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -2062,7 +2266,7 @@ def test_request_gives_one_json_line_with_the_documented_fields(
         "logger": "email_processor",
         "message": "request",
         "request_id": "r-1",
-        "trace_id": TRACE,
+        "trace_id": TRACE_ID,
         "client": "2.2.2.2",
         "method": "POST",
         "path": "/process",
@@ -2071,6 +2275,46 @@ def test_request_gives_one_json_line_with_the_documented_fields(
     }
     assert (refused["status"], refused["error"]) == (401, "invalid_token")
     assert (unknown["status"], unknown["path"], unknown["method"]) == (404, "/nowhere", "GET")
+
+
+@pytest.mark.parametrize(
+    ("ssm", "sqs", "text"),
+    [
+        (DOWN, None, "token not read"),
+        (parameters(missing=(PARAMETER,)), None, "token parameter missing"),
+        (None, Sqs(attributes=DOWN), "queue not seen"),
+        (None, Sqs(DOWN), "messages not sent"),
+        (None, Sqs(ReadTimeoutError(endpoint_url="https://aws.invalid")), "SQS is down"),
+    ],
+    ids=["token", "parameter", "queue", "message", "circuit"],
+)
+@pytest.mark.parametrize("traced", [True, False])
+def test_every_line_of_a_request_tells_its_id_and_trace(
+    capsys: pytest.CaptureFixture[str], ssm: Any, sqs: Sqs | None, text: str, traced: bool
+) -> None:
+    client = client_of(settings(), Ssm(ssm), sqs or Sqs())
+    headers = {"X-Request-Id": "r-1"} | ({"X-Amzn-Trace-Id": TRACE} if traced else {})
+    with logging_as_in_production("INFO"):
+        assert post(client, headers=headers).status_code == 503
+        logging.getLogger("botocore").warning("another library's")
+        lines = lines_of(capsys)
+    *of_request, outside = lines
+    assert text in " ".join(line["message"] for line in of_request)
+    assert len(of_request) >= 2
+    assert {line["request_id"] for line in of_request} == {"r-1"}
+    assert {line.get("trace_id") for line in of_request} == {TRACE_ID if traced else None}
+    assert not {"request_id", "trace_id"} & outside.keys()
+
+
+def test_line_of_another_library_tells_the_request_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def send(**_: Any) -> dict[str, str]:
+        logging.getLogger("botocore").warning("inside")
+        return {"MessageId": "m"}
+
+    with logging_as_in_production("INFO"):
+        post(client_of(settings(), Ssm(), Sqs(send)), headers={"X-Request-Id": "r-1"})
+        inside, _ = lines_of(capsys)
+    assert (inside["message"], inside["request_id"]) == ("inside", "r-1")
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
+    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -189,7 +190,7 @@ class Service:
         self.temporary.mkdir()
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                gunicorn(),
+                [*self.wrapper, *gunicorn()],
                 cwd=PROJECT,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
@@ -238,6 +239,12 @@ class Service:
 
     def get(self, path: str) -> Answer:
         return self.ask(request_head("GET", path, "Connection: close"))
+
+    def metrics(self) -> dict[str, float]:
+        """The samples of /metrics, by name and labels as they stand there."""
+        lines = self.get("/metrics").body.decode().splitlines()
+        samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
 
     def log(self) -> list[dict[str, Any]]:
         """Every line of standard output; each must be JSON."""
@@ -348,6 +355,11 @@ def pytest_terminal_summary(
 
 
 StartService = Callable[..., Service]
+
+
+def kill(pid: int) -> None:
+    """By process id: a worker that the test's own service has started."""
+    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
 
 
 @pytest.fixture(scope="session")

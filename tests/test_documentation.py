@@ -80,6 +80,15 @@ def test_readme_and_openapi_list_every_route() -> None:
     assert in_openapi == routes
 
 
+def test_readme_and_openapi_list_the_same_headers() -> None:
+    parameters = OPENAPI["paths"]["/process"]["post"]["parameters"]
+    shared = OPENAPI["components"]["parameters"]
+    in_openapi = {
+        p["name"] if "name" in p else shared[p["$ref"].split("/")[-1]]["name"] for p in parameters
+    }
+    assert {row[0] for row in readme_table("POST /process")} == {"Content-Type", *in_openapi}
+
+
 def test_openapi_gives_every_error_code_an_example_and_no_other() -> None:
     assert set(error_examples(OPENAPI)) == set(app.ERRORS)
 
@@ -90,11 +99,23 @@ def test_openapi_documents_every_status_of_process() -> None:
     assert documented - {"404", "405"} == {"200", *statuses}
 
 
-def test_readme_lists_every_metric() -> None:
-    listed = {row[0].removesuffix("_total") for row in readme_table("Metrics")}
-    served = {
-        metric.name for metric in REGISTRY.collect() if metric.name.startswith("email_processor")
-    }
+def test_readme_lists_every_metric_with_its_type_labels_and_label_values() -> None:
+    served = {}
+    for metric in REGISTRY.collect():
+        labels: dict[str, set[str]] = {}
+        for name, value in (pair for sample in metric.samples for pair in sample.labels.items()):
+            labels.setdefault(name, set()).add(value)
+        labels.pop("le", None)  # a histogram's own
+        name = metric.name + "_total" * (metric.type == "counter")
+        if name.startswith("email_processor"):
+            served[name] = (metric.type, labels)
+    listed = {}
+    for name, kind, cell, _ in readme_table("Metrics"):
+        label, *values = re.findall(r"`(\w+)`", f"`{cell}`") or [""]
+        codes = app.ERRORS.keys() if "error code" in cell else set()
+        listed[name] = (kind, {label: {*values, *codes}} if label else {})
+    # Gauges of the time since when a process counts; Gunicorn's workers together have none.
+    served = {name: found for name, found in served.items() if not name.endswith("_created")}
     assert listed == served
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from conftest import (
@@ -22,9 +25,13 @@ from conftest import (
     DATA,
     PARAMETER,
     TOKEN,
+    WAIT,
     Service,
     StartService,
+    environment,
     eventually,
+    gunicorn,
+    kill,
     post,
     post_head,
     request_head,
@@ -34,6 +41,7 @@ from load import Ledger, Load
 
 import app
 
+TOKEN_READ = "email_processor_token_read_timestamp_seconds"
 THROUGHPUT = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
 Figures = Callable[..., None]
 
@@ -318,10 +326,12 @@ def test_ssm_down_at_the_start_is_not_ready_and_recovers_by_itself(
         assert "ssm:GetParameters failed: AccessDeniedException" in ready.json["message"]
         assert service.ask(post()).error == "token_store_unavailable"
         assert service.get("/health").status == 200
+        assert service.metrics()[TOKEN_READ] == 0
         fake.set(faults={})
         begin = time.monotonic()
         eventually(lambda: service.ask(post()).status == 200)
         seconds = time.monotonic() - begin
+        assert service.metrics()[TOKEN_READ] > time.time() - WAIT
         assert service.get("/ready").status == 200
         fake.set(faults={"*": {"kind": "hang"}})
         assert service.get("/ready").status == 200, "never turns back"
@@ -506,11 +516,6 @@ def test_sigterm_after_new_connections_are_held_back_fails_nobody(
     assert not ledger.lost
 
 
-def kill(pid: int) -> None:
-    """By process id: a worker that the test's own service has started."""
-    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
-
-
 def test_killed_worker_loses_nothing_acknowledged_and_is_replaced(
     service: Service, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
@@ -528,6 +533,176 @@ def test_killed_worker_loses_nothing_acknowledged_and_is_replaced(
     assert set(ledger.statuses) == {200}
     assert not ledger.lost
     assert ledger.in_queue >= ledger.acknowledged
+
+
+class Scrapes:
+    """`with` it, /metrics is read again and again, on a new connection as by Prometheus."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.answered = self.unanswered = 0
+        self.fallen: list[str] = []  # counters that were smaller than the time before
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._scrape)
+
+    def __enter__(self) -> Scrapes:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _scrape(self) -> None:
+        seen: dict[str, float] = {}
+        while not self._stop.wait(0.02):
+            try:
+                samples = self.service.metrics()
+            except (OSError, AssertionError):  # the killed worker's
+                self.unanswered += 1
+                continue
+            self.answered += 1
+            for name, value in samples.items():
+                if re.search(r"_(total|count|sum|bucket)", name):
+                    if value < seen.get(name, 0):
+                        self.fallen.append(f"{name}: {seen[name]:g}, then {value:g}")
+                    seen[name] = value
+
+
+ANSWERS = "email_processor_requests_total"
+SUCCESS, INVALID_TOKEN = (f'{ANSWERS}{{outcome="{o}"}}' for o in ("success", "invalid_token"))
+DURATIONS = "email_processor_request_duration_seconds_count"
+MESSAGES = "email_processor_sqs_batch_size_sum"
+
+
+def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients(
+    service: Service, figures: Figures, full: bool
+) -> None:
+    """What a client was answered was counted, and nothing that no client has asked for.
+
+    Between the two are the requests that a killed worker had under way: their answers were counted
+    before they could be sent, or not. Without a kill the two are equal, after the kills too.
+    """
+    kills = 10 if full else 3
+    before = service.metrics()
+    with (
+        Scrapes(service) as scrapes,
+        Load(service.port, clients=32) as right,
+        Load(service.port, clients=4, body=with_token("wrong")) as wrong,
+    ):
+        for number in range(kills):
+            time.sleep(0.5)
+            # The newest twice, so that its counts and its predecessor's must stay; then the oldest.
+            victim = service.workers()[0 if number % 3 == 2 else -1]
+            kill(victim)
+            eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
+        time.sleep(0.5)
+    after = service.metrics()
+    with Load(service.port, requests=400) as calm:
+        calm.wait()
+    end = service.metrics()
+
+    ok, denied = right.statuses[200], wrong.statuses[401]
+    broken, also_broken = len(right.failures), len(wrong.failures)
+    bounds = {
+        SUCCESS: (ok + scrapes.answered + 1, broken + scrapes.unanswered),  # 1: the first reading
+        INVALID_TOKEN: (denied, also_broken),
+        DURATIONS: (ok + denied, broken + also_broken),
+        MESSAGES: (ok, broken),
+    }
+    grown = {name: after[name] - before[name] for name in bounds}
+    figures(
+        "counters while workers are killed",
+        f"{ok:,} x 200 and {denied:,} x 401 answered, {broken + also_broken} unanswered, "
+        f"{grown[DURATIONS]:,.0f} counted; {scrapes.answered} scrapes, {len(scrapes.fallen)} falls",
+    )
+    assert not scrapes.fallen
+    assert scrapes.answered > 2 * kills
+    assert scrapes.unanswered <= kills
+    assert set(right.statuses) | set(wrong.statuses) == {200, 401}
+    for name, (answered, unanswered) in bounds.items():
+        assert answered <= grown[name] <= answered + unanswered, name
+    assert calm.statuses == {200: calm.sent}
+    calmly = {SUCCESS: calm.sent + 1, INVALID_TOKEN: 0, DURATIONS: calm.sent, MESSAGES: calm.sent}
+    assert {name: end[name] - after[name] for name in bounds} == calmly
+
+
+# --- Disk -----------------------------------------------------------------------------------------
+
+FILL = "dd if=/dev/zero of=$TMPDIR/ballast bs=4k 2>/dev/null"
+
+
+def small_disk(then: str = "") -> tuple[str, ...]:
+    """A command that mounts 5 MiB on TMPDIR, for itself alone, and starts what follows it."""
+    script = f'mount -t tmpfs -o size=5m none $TMPDIR && {{ {then or "true"}; exec "$@"; }}'
+    if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("needs Linux, and the right to mount in a namespace")
+    return ("unshare", "-rm", "sh", "-c", script, "sh")
+
+
+def fill(file: Path) -> int:
+    """Write to a file on the small disk until that is full; how many pages it took."""
+    with file.open("wb", buffering=0) as out:
+        for pages in range(5 * 256):
+            try:
+                out.write(bytes(4096))
+            except OSError:
+                return pages
+    pytest.fail("this is not the small disk")
+
+
+def test_disk_that_fills_up_is_not_noticed_and_stops_no_worker_from_being_replaced(
+    start_service: StartService, fake: FakeAws, figures: Figures
+) -> None:
+    service = start_service(**fake.environment())
+    # Not where it is by default, under /dev/shm, but on the disk that fills up.
+    service.variables["PROMETHEUS_MULTIPROC_DIR"] = str(service.temporary / "metrics")
+    service.wrapper = small_disk()
+    with service:
+        disk = Path(f"/proc/{service.process.pid}/root{service.temporary}")
+        assert fill(disk / "ballast") > 0
+        before = service.metrics()
+        with Load(service.port, clients=16) as load:
+            old = service.workers()
+            service.process.send_signal(signal.SIGHUP)
+            eventually(lambda: len(service.workers()) == 4 and not {*old} & {*service.workers()})
+            for victim in service.workers():
+                time.sleep(0.2)
+                kill(victim)
+                eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
+            time.sleep(0.3)
+        after = service.metrics()
+        assert fill(disk / "more") == 0
+        replaced = service.workers()
+    ledger = Ledger.of(fake, load)
+    figures("disk full", ledger)
+    assert len(replaced) == 4
+    assert "SIGBUS" not in service.output()
+    assert set(ledger.statuses) == {200}
+    assert not ledger.lost
+    grown = after[DURATIONS] - before[DURATIONS]
+    assert ledger.acknowledged <= grown <= ledger.acknowledged + ledger.unanswered
+
+
+def test_start_on_a_full_disk_needs_only_the_folder_of_the_metrics(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    service = start_service(**fake.environment())
+    service.wrapper = small_disk(FILL)
+    with service:
+        assert service.ask(post()).status == 200
+    there = {"TMPDIR": str(service.temporary), "PROMETHEUS_MULTIPROC_DIR": str(service.temporary)}
+    run = subprocess.run(
+        [*service.wrapper, *gunicorn()],
+        cwd=app.PROJECT,
+        env=environment(**fake.environment(), **there),
+        capture_output=True,
+        timeout=20,
+    )
+    assert run.returncode == 1
+    (line,) = run.stderr.decode().splitlines()
+    assert "PROMETHEUS_MULTIPROC_DIR" in line
+    assert "No space left" in line
 
 
 # --- Arbitrary input ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import schemathesis
 from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 import app
@@ -336,6 +337,10 @@ UTF_8_TEXTS = st.text().map(lambda text: text.encode().decode("latin-1"))
 HEADER_VALUES = (HEADER_TEXTS | UTF_8_TEXTS).map(
     lambda text: re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", "", text)
 )
+TRACES = HEADER_VALUES | st.from_regex(
+    r"(Root=1-[0-9a-f]{8}-[0-9a-f]{24}|[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-0[01])[-;]?[=:|\w]*",
+    fullmatch=True,
+).filter(str.isascii)
 HEADERS = st.dictionaries(HEADER_NAMES, HEADER_VALUES, max_size=6)
 
 
@@ -351,10 +356,17 @@ def test_any_headers_get_a_4xx_or_do_not_matter(headers: dict[str, str]) -> None
 
 
 @FUZZ
-@given(HEADER_VALUES, HEADER_VALUES, HEADER_VALUES)
-def test_any_headers_that_go_into_the_queue_are_taken(key: str, trace: str, request: str) -> None:
-    headers = {"Idempotency-Key": key, "X-Amzn-Trace-Id": trace, "X-Request-Id": request}
-    assert ask(headers=JSON | headers, body=BODY).outcome == "success"
+@given(HEADER_VALUES, TRACES, TRACES, HEADER_VALUES)
+def test_any_headers_that_go_into_the_queue_are_taken(
+    key: str, trace: str, traceparent: str, request: str
+) -> None:
+    headers = {"Idempotency-Key": key, "X-Amzn-Trace-Id": trace, "traceparent": traceparent}
+    answer = ask(headers=JSON | headers | {"X-Request-Id": request}, body=BODY)
+    assert answer.outcome == "success"
+    assert answer.message
+    for passed_on in answer.message.get("MessageSystemAttributes", {}).values():
+        assert re.search("(^|;)Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;|$)", passed_on["StringValue"])
+        assert re.fullmatch(r"[\w=;:.|-]{1,1024}", passed_on["StringValue"], re.ASCII)
 
 
 ASSETS = ["/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js"]
@@ -373,17 +385,20 @@ def test_any_headers_of_a_get_get_a_4xx_or_do_not_matter(
 ODD_ENDS = ["/", "//", "/..", "/.", ";a", "%", "%2f", " ", "\n", "\xe4", "?"]
 
 
-@settings(FUZZ, max_examples=300)
-@given(
-    st.sampled_from(["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE", "get"])
-    | st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,20}", fullmatch=True),
+ANY_METHODS = st.sampled_from(
+    ["DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE", "get"]
+) | st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,20}", fullmatch=True)
+ANY_PATHS = (
     PATHS
     | st.tuples(PATHS, st.sampled_from(ODD_ENDS)).map("".join)
     | st.tuples(st.just("/"), PATHS).map("".join)
     | st.binary().map(lambda path: "/" + path.decode("latin-1"))
-    | st.text("/.%~\\").map("/".__add__),
-    st.binary(max_size=20),
+    | st.text("/.%~\\").map("/".__add__)
 )
+
+
+@settings(FUZZ, max_examples=300)
+@given(ANY_METHODS, ANY_PATHS, st.binary(max_size=20))
 def test_any_method_and_path_are_answered_or_404_or_405_with_allow(
     method: str, path: str, body: bytes
 ) -> None:
@@ -391,6 +406,72 @@ def test_any_method_and_path_are_answered_or_404_or_405_with_allow(
     assert (answer.status == 404) == (path not in KNOWN)
     assert (answer.status == 405) == ("Allow" in answer.headers)
     assert method not in answer.headers.get("Allow", "").split(", ")
+
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+
+@dataclass
+class FailingAws:
+    """SSM and SQS at once; one of the two operations fails."""
+
+    operation: str
+    code: str
+    status: int
+
+    def get_parameters(self, **_: Any) -> dict[str, Any]:
+        return self._answer("GetParameters", {"Parameters": [{"Value": TOKEN}]})
+
+    def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
+        return {"Attributes": {"MaximumMessageSize": "1048576"}}
+
+    def send_message(self, **_: Any) -> dict[str, Any]:
+        return self._answer("SendMessage", {"MessageId": "m"})
+
+    def _answer(self, operation: str, answer: dict[str, Any]) -> dict[str, Any]:
+        if operation != self.operation:
+            return answer
+        metadata = {"HTTPStatusCode": self.status}
+        raise ClientError({"Error": {"Code": self.code}, "ResponseMetadata": metadata}, operation)
+
+
+def series() -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    families = text_string_to_metric_families(app.metrics_text().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return {(s.name, frozenset(s.labels.items())) for s in samples}
+
+
+SERIES = series()
+
+
+@FUZZ
+@given(
+    ANY_METHODS,
+    ANY_PATHS,
+    HEADERS,
+    st.text(),
+    st.sampled_from(["GetParameters", "SendMessage"]),
+    st.text(),
+    st.integers(200, 599),
+)
+def test_whatever_clients_send_and_aws_answers_makes_no_new_series(
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    token: str,
+    operation: str,
+    code: str,
+    status: int,
+) -> None:
+    ask(method, path, headers)
+    ask(body=json.dumps({"token": token}).encode())
+    aws = FailingAws(operation, code, status)
+    config = app.Settings(sqs_queue_url="http://localhost/queue")
+    service = app.create_app(config, ssm=aws, sqs=aws, pause=lambda _: None)
+    answer = service.test_client().post("/process", data=BODY, headers=JSON)
+    assert answer.status_code == 503
+    assert len(SERIES) > 80
+    assert series() == SERIES
 
 
 # --- openapi.yaml ---------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import signal
 import socket
@@ -30,11 +29,13 @@ from conftest import (
     environment,
     eventually,
     gunicorn,
+    kill,
     post,
     post_head,
     request_head,
 )
 from fake_aws import FakeAws
+from prometheus_client import REGISTRY
 
 LIMIT = 2_097_152
 DEADLINE = 1.0
@@ -328,8 +329,8 @@ def test_every_line_of_output_is_json_and_none_has_the_token(start_service: Star
         service.get("/health")
         service.ask(post())
         service.ask(post(b"{"))
-        # By process id: one of this test's own workers. Gunicorn logs it as an error.
-        subprocess.run(["kill", "-KILL", str(service.workers()[0])], check=True)
+        # Gunicorn logs it as an error.
+        kill(service.workers()[0])
         eventually(lambda: "SIGKILL" in service.output())
     lines = service.log()
     assert any(line["message"].startswith("Listening at") for line in lines)
@@ -341,18 +342,117 @@ def test_every_line_of_output_is_json_and_none_has_the_token(start_service: Star
         assert secret not in service.output()
 
 
-def counter(text: str, outcome: str) -> float:
-    found = re.search(rf'^email_processor_requests_total{{outcome="{outcome}"}} (.+)$', text, re.M)
-    return float(found[1]) if found else 0
+REFUSED = 'email_processor_requests_total{outcome="invalid_json"}'
+READ_AT = "email_processor_token_read_timestamp_seconds"
 
 
 def test_metrics_are_those_of_all_workers_together(service: Service) -> None:
-    before = service.get("/metrics").body.decode()
+    before = service.metrics()
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: service.ask(post(b"{")), range(40)))
     assert {answer.status for answer in answers} == {400}
-    after = service.get("/metrics").body.decode()
-    assert counter(after, "invalid_json") - counter(before, "invalid_json") == 40
+    assert service.metrics()[REFUSED] - before[REFUSED] == 40
+
+
+def test_every_series_is_there_from_the_start(start_service: StartService) -> None:
+    served = {
+        f"{sample.name}{{{labels}}}".replace("{}", "")
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        for labels in [",".join(f'{name}="{value}"' for name, value in sample.labels.items())]
+        if sample.name.startswith("email_processor") and not sample.name.endswith("_created")
+    }
+    with start_service() as service:
+        metrics = service.metrics()
+    assert metrics.keys() == served
+    counted = {name for name, value in metrics.items() if value and name != READ_AT}
+    # The start asks for /health, and each worker reads the token.
+    assert counted <= {
+        'email_processor_requests_total{outcome="success"}',
+        'email_processor_token_reads_total{result="success"}',
+    }
+
+
+def test_folder_of_the_metrics_is_made_and_emptied_at_the_start(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    folder = tmp_path / "not" / "there"
+    counts = []
+    for _ in range(2):
+        with start_service(PROMETHEUS_MULTIPROC_DIR=str(folder)) as service:
+            counts.append(service.metrics()[REFUSED])
+            assert service.ask(post(b"{")).status == 400
+            assert service.metrics()[REFUSED] == 1
+        (folder / "counter_4711.db").write_bytes(b"of an older version")
+        (folder / "notes.txt").write_text("somebody's own")
+    assert counts == [0, 0]
+    assert (folder / "notes.txt").exists()
+
+
+def test_folder_of_the_metrics_that_cannot_be_made_stops_the_start_with_one_line(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "file" / "folder")}
+    run = subprocess.run(
+        gunicorn(),
+        cwd=PROJECT,
+        env=environment(SQS_QUEUE_URL="http://sqs/queue", **variables),
+        capture_output=True,
+        timeout=20,
+    )
+    assert run.returncode != 0
+    (line,) = run.stderr.decode().splitlines()
+    assert "PROMETHEUS_MULTIPROC_DIR" in line
+    assert run.stdout == b""
+
+
+def test_worker_that_ends_leaves_its_counters_and_takes_its_gauges(
+    start_service: StartService, fake: FakeAws, tmp_path: Path
+) -> None:
+    fake.set(faults={"SendMessage": {"kind": "reset"}})
+    variables = {"GUNICORN_WORKERS": "2", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    begin, circuits = time.time(), "email_processor_sqs_circuits_open"
+    with start_service(**fake.environment(), **variables) as service:
+        eventually(lambda: service.metrics()[READ_AT] >= begin)
+
+        def open_circuits(number: int) -> bool:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda _: service.ask(post()), range(8)))
+            return service.metrics()[circuits] == number
+
+        eventually(lambda: open_circuits(2))
+        before, files, both = service.metrics(), sorted(tmp_path.iterdir()), service.workers()
+
+        service.process.send_signal(signal.SIGTTOU)  # one worker less
+        eventually(lambda: len(service.workers()) == 1)
+        (last,) = service.workers()
+        fewer = service.metrics()
+        assert last in both
+        assert fewer[circuits] == 1
+        assert begin <= fewer[READ_AT] <= time.time()
+
+        kill(last)
+        eventually(lambda: service.workers() and last not in service.workers())
+        replaced = service.metrics()
+        assert replaced[circuits] == 0
+        eventually(lambda: begin <= service.metrics()[READ_AT] <= time.time())
+        assert sorted(tmp_path.iterdir()) == files
+    counters = [name for name in before if not name.endswith(("open", "flight", "_seconds"))]
+    assert len(counters) == len(before) - 3
+    for name in counters:
+        assert before[name] <= fewer[name] <= replaced[name], name
+
+
+def test_reload_keeps_the_counters(start_service: StartService) -> None:
+    with start_service() as service:
+        assert service.ask(post(b"{")).status == 400
+        old = set(service.workers())
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(set(service.workers()) - old) == 4)
+        eventually(lambda: not old & set(service.workers()))
+        assert {service.ask(post(b"{")).status for _ in range(20)} == {400}
+        assert service.metrics()[REFUSED] == 21
 
 
 # --- Start and stop -------------------------------------------------------------------------------
@@ -489,6 +589,7 @@ def test_aws_out_of_reach_is_503_within_10_s(
 def test_sigterm_answers_what_was_begun_and_leaves_nothing_behind(
     start_service: StartService,
 ) -> None:
+    others = set(Path("/dev/shm").glob("email-processor-*"))
     with start_service() as service, service.connect() as idle, service.connect() as begun:
         assert idle.send(request_head("GET", "/health")).answer().status == 200
         head, rest = post()[:-30], post()[-30:]
@@ -501,6 +602,7 @@ def test_sigterm_answers_what_was_begun_and_leaves_nothing_behind(
         assert service.stop() < 10
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     assert {path.name for path in service.temporary.iterdir()} == {"stdout", "stderr"}
+    assert set(Path("/dev/shm").glob("email-processor-*")) <= others
 
 
 def test_client_helper_sees_an_open_connection_as_open(service: Service) -> None:
