@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import boto3
+import botocore.session
 import prometheus_client
 import yaml
 from botocore.config import Config
@@ -359,6 +360,8 @@ class RequestDeadline:
     a second, and shuts the reading side of the overdue sockets: the blocked read then sees the end.
     """
 
+    LEAST_SECONDS = 0.2
+
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
@@ -370,8 +373,8 @@ class RequestDeadline:
         """Watch a socket, unless it is watched already.
 
         `arrived` is when the request came. It may have waited for a thread since, and that counts,
-        else slow requests in a row would hold the threads for one deadline after the other; but a
-        fifth is given in any case.
+        else slow requests in a row would hold the threads for one deadline after the other. By then
+        an honest one has arrived; LEAST_SECONDS are for taking it out of the kernel's buffer.
         """
         if self._thread is None:  # not before the fork: a thread would stay behind in the master
             with self._start_lock:
@@ -380,7 +383,7 @@ class RequestDeadline:
                     self._thread.start()
         now = self._clock()
         waited = 0 if arrived is None else now - arrived
-        self._ends.setdefault(sock, now + max(self._seconds - waited, self._seconds / 5))
+        self._ends.setdefault(sock, now + max(self._seconds - waited, self.LEAST_SECONDS))
 
     def stop(self, sock: socket.socket) -> bool:
         """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
@@ -546,6 +549,19 @@ def timestamp_rule(value: Any) -> str | None:
 # --- AWS clients ----------------------------------------------------------------------------------
 
 
+@functools.cache
+def aws_session() -> boto3.Session:
+    """Where all clients get their credentials from, with short time-outs for that as well.
+
+    On EKS they come from STS, through a client of botocore's own, which would wait for 60 s.
+    """
+    session = botocore.session.get_session()
+    session.set_default_client_config(
+        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+    )
+    return boto3.Session(botocore_session=session)
+
+
 def aws_client(service: str, settings: Settings, connect: float = 1, read: float = 2) -> Any:
     """A boto3 client. It opens no connection until its first call, so a fork may follow.
 
@@ -553,7 +569,7 @@ def aws_client(service: str, settings: Settings, connect: float = 1, read: float
     gets two of them, SQS one: the publisher has retries of its own, for each message of a batch.
     """
     publishes = service == "sqs"
-    return boto3.client(
+    return aws_session().client(
         service,
         region_name=settings.aws_region,
         config=Config(
@@ -665,9 +681,8 @@ class TokenStore:
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS.labels("failure").inc()
-            log.warning(
-                "token not read; the last known one counts", extra={"cause": detail_of(error)}
-            )
+            instead = "the last known one counts" if self.ready else "none is known yet"
+            log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
@@ -771,6 +786,7 @@ class Pending:
     deadline: float
     attempts: int = 0
     alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
+    in_flight: bool = False  # in a call, or about to be
     call: list[Pending] | None = None  # the batch that its request is to send
     outcome: str | Refusal | None = None  # the MessageId, or why there is none
     wake: threading.Lock = field(default_factory=threading.Lock)  # released when one of both is set
@@ -779,10 +795,10 @@ class Pending:
 class Circuit:
     """Whether SQS is known to be down, so that requests are refused at once instead of waiting.
 
-    It opens when a call runs out of time, or when FAILURES calls in a row fail in some other way
-    that may pass, and closes with the first answer. While it is open, one message at a time is
-    sent all the same, PROBE_SECONDS after the last such try and with less patience than otherwise,
-    to find out whether SQS is back.
+    It opens when a call runs out of time while no other one was answered, or when FAILURES calls in
+    a row fail in some other way that may pass, and closes with the first answer. While it is open,
+    one message at a time is sent all the same, PROBE_SECONDS after the last such try and with less
+    patience than otherwise, to find out whether SQS is back.
     """
 
     # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.
@@ -793,6 +809,7 @@ class Circuit:
         self._clock = clock
         self._failures = 0
         self._opened_at = self._probe_at = 0.0
+        self._answered_at = -float("inf")
         self.open = False
 
     def may_probe(self) -> bool:
@@ -800,16 +817,19 @@ class Circuit:
 
     def answered(self) -> None:
         self._failures = 0
+        self._answered_at = self._clock()
         if self.open:
             self.open = False
             SQS_CIRCUITS_OPEN.set(0)
             seconds = round(self._clock() - self._opened_at, 1)
             log.warning("SQS is back", extra={"seconds": seconds})
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: Exception, began: float) -> None:
+        """`began` is when the call did, by the clock."""
         self._failures += 1
         self._probe_at = self._clock() + self.PROBE_SECONDS
-        if not self.open and (isinstance(error, TIMEOUTS) or self._failures >= self.FAILURES):
+        silent = isinstance(error, TIMEOUTS) and self._answered_at < began
+        if not self.open and (silent or self._failures >= self.FAILURES):
             self.open = True
             SQS_CIRCUITS_OPEN.set(1)
             self._opened_at = self._clock()
@@ -824,12 +844,16 @@ class Publisher:
     meanwhile wait and go together in the next. There is no timer and no thread: the request of a
     batch's first message makes the call, gives every other its result, and hands the next batch on.
     Further calls start while one is under way if a full batch waits, or a request in every thread
-    of the worker, so that none could join.
+    of the worker, so that none could join, or if the last call to start does not come back.
+
+    Messages for a FIFO queue go in the order in which they came, but one that is tried again comes
+    after those that were sent with it. A client that waits for each answer sees its order kept.
     """
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
     ATTEMPTS = 3
     SECONDS = 5.0  # for a message to wait and to be tried again; a call then under way still ends
+    STALL_SECONDS = 0.25  # after which the others no longer wait for a call; it usually takes 0.03
 
     def __init__(
         self,
@@ -857,8 +881,10 @@ class Publisher:
         self._waiting: deque[Pending] = deque()
         self._under_way = 0  # calls,
         self._in_flight = 0  # with as many messages
+        self._started_at = 0.0  # the last call
         self._circuit = Circuit(clock)
         self._check_lock = threading.Lock()
+        self._checks = 0
         self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
         self.problem: str | None = None  # why it was not seen
 
@@ -866,16 +892,22 @@ class Publisher:
         """See the queue once and learn its size limit. Raises Refusal queue_unavailable."""
         if self._max_bytes:
             return
-        # One thread asks. The others wait for it, unless the queue is known to be out of reach.
+        # One thread asks. The others wait for its result, unless the last one was a failure.
+        checks = self._checks
         if not self._check_lock.acquire(blocking=self.problem is None):
             raise Refusal("queue_unavailable")
         try:
-            if not self._max_bytes:
+            if self._checks == checks:
+                self._checks += 1
                 answer = self._sqs.get_queue_attributes(
                     QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
                 )
                 self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
                 self.problem = None
+            elif self.problem:
+                raise Refusal("queue_unavailable")
+        except Refusal:
+            raise
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not seen", extra={"cause": detail_of(error)})
@@ -900,21 +932,22 @@ class Publisher:
                 raise Refusal("queue_unavailable")
             self._waiting.append(pending)
             self._start_call()
-        while pending.outcome is None:
+        while (outcome := pending.outcome) is None:
             if pending.call:
                 batch, pending.call = pending.call, None
                 self._send(batch)
-            elif not pending.wake.acquire(timeout=max(0, pending.deadline - self._clock())):
-                self._give_up(pending)
-        if isinstance(pending.outcome, Refusal):
-            raise pending.outcome
-        return pending.outcome
+            elif not pending.wake.acquire(timeout=self._patience(pending)):
+                self._lose_patience(pending)
+        if isinstance(outcome, Refusal):
+            raise outcome
+        return outcome
 
     def _start_call(self) -> None:
         """Hand the next batch to the request of its first message, if a call may start. Locked."""
         waiting = len(self._waiting)
         full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
-        several = full and not self._circuit.open
+        stalled = self._clock() - self._started_at >= self.STALL_SECONDS
+        several = (full or stalled) and not self._circuit.open
         if not waiting or self._under_way >= (self._calls_in_flight if several else 1):
             return
         batch, size = [self._waiting.popleft()], 0
@@ -926,6 +959,9 @@ class Publisher:
             batch.append(self._waiting.popleft())
         self._under_way += 1
         self._in_flight += len(batch)
+        self._started_at = self._clock()
+        for pending in batch:
+            pending.in_flight = True
         batch[0].call = batch
         self._rouse(batch[0])
 
@@ -933,21 +969,22 @@ class Publisher:
         """Make one call, settle its messages, and hand the next batch on whatever happens."""
         again: list[Pending] = []
         try:
-            begin = self._clock()
-            results = self._call(batch)
-            SQS_CALL_DURATION.observe(self._clock() - begin)
-            SQS_BATCH_SIZE.observe(len(batch))
-            SQS_CALLS.labels(result_of(results)).inc()
-            again = self._settle(batch, results)
-            if again:
-                # By now the others have their answers; the pause keeps this call's place.
+            if batch[0].attempts:
                 self._pause((1 + self._jitter()) * 0.025 * 2 ** batch[0].attempts)
+            # Without those whose request has given up meanwhile.
+            sent, began = [p for p in batch if p.outcome is None], self._clock()
+            results = self._call(sent)
+            SQS_CALL_DURATION.observe(self._clock() - began)
+            SQS_BATCH_SIZE.observe(len(sent))
+            SQS_CALLS.labels(result_of(results)).inc()
+            again = self._settle(sent, results, began)
         finally:
             with self._lock:
                 for pending in batch:
-                    if pending not in again and pending.outcome is None:  # this thread is dying
+                    pending.in_flight = False
+                    if pending not in again:  # it has its outcome, unless this thread is dying
                         self._end(pending, Refusal("queue_unavailable"))
-                # In front, in their order; without those whose request has given up meanwhile.
+                # In front, in their order.
                 self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
                 self._under_way -= 1
                 self._in_flight -= len(batch)
@@ -974,7 +1011,9 @@ class Publisher:
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             return [error] * len(batch)
 
-    def _settle(self, batch: list[Pending], results: list[str | Exception]) -> list[Pending]:
+    def _settle(
+        self, batch: list[Pending], results: list[str | Exception], began: float
+    ) -> list[Pending]:
         """Give every message its outcome, except those that are to be sent again: these."""
         refused_as_one = len(batch) > 1 and all(result is results[0] for result in results)
         again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
@@ -987,9 +1026,9 @@ class Publisher:
                     outcome: str | Refusal = result
                 else:
                     temporary, cause = is_temporary(result), detail_of(result)
-                    pending.alone = refused_as_one and not temporary
+                    pending.alone = pending.alone or (refused_as_one and not temporary)
                     in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
-                    retried = (temporary or pending.alone) and in_time and may_retry
+                    retried = (temporary or refused_as_one) and in_time and may_retry
                     failures[cause, retried] += 1
                     if retried:
                         again.append(pending)
@@ -998,30 +1037,41 @@ class Publisher:
                     too_large = "must be shorter than" in cause
                     outcome = Refusal("message_too_large" if too_large else "queue_unavailable")
                 self._end(pending, outcome)
-            self._judge(results)
+            self._judge(results, began)
         for (cause, retried), count in failures.items():
             level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
             log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
         return again
 
-    def _judge(self, results: list[str | Exception]) -> None:
+    def _judge(self, results: list[str | Exception], began: float) -> None:
         """Tell the circuit how a call ended; when it opens, nobody waits any longer. Locked."""
         failures = [r for r in results if isinstance(r, Exception) and is_temporary(r)]
         if len(failures) < len(results):
             self._circuit.answered()
         else:
-            self._circuit.failed(failures[0])
+            self._circuit.failed(failures[0], began)
         while self._circuit.open and self._waiting:
             self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
 
     def _end(self, pending: Pending, outcome: str | Refusal) -> None:
-        pending.outcome = outcome
-        self._rouse(pending)
+        if pending.outcome is None:
+            pending.outcome = outcome
+            self._rouse(pending)
 
-    def _give_up(self, pending: Pending) -> None:
-        """Its time is over; if it waits in a batch that is being sent, it may be in the queue."""
+    def _patience(self, pending: Pending) -> float:
+        """How many seconds a request waits before it looks after its message itself."""
+        end = pending.deadline
+        may_start = self._under_way < self._calls_in_flight and not self._circuit.open
+        if may_start and not pending.in_flight:
+            end = min(end, self._started_at + self.STALL_SECONDS)
+        return max(0, end - self._clock())
+
+    def _lose_patience(self, pending: Pending) -> None:
         with self._lock:
-            if pending.outcome is None and pending.call is None:
+            if self._clock() < pending.deadline:
+                self._start_call()
+            elif pending.outcome is None and pending.call is None:
+                # If it waits in a batch that is being sent, it may be in the queue all the same.
                 self._end(pending, Refusal("queue_unavailable"))
                 with suppress(ValueError):
                     self._waiting.remove(pending)
@@ -1101,7 +1151,8 @@ def create_app(
     )
     publisher = Publisher(
         sqs or aws_client("sqs", settings, read=3),
-        sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
+        # Half as patient: with a pause between, SQS that is back is noticed within two seconds.
+        sqs or aws_client("sqs", settings, connect=0.3, read=1.5),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
         settings.gunicorn_threads,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, ReadTimeoutError
+from botocore.exceptions import ClientError, ConnectTimeoutError, ReadTimeoutError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,9 +37,11 @@ class ThreadEnds(BaseException):
 FAILURES: dict[str, tuple[BaseException, bool]] = {
     "server error": (aws_error("InternalFailure", 500), False),
     "throttled": (aws_error("ThrottlingException", 400), False),
+    "too many": (aws_error("TooManyRequests", 429), False),
     "denied": (aws_error("AccessDenied", 403), False),
     "refused": (aws_error("InvalidParameterValue", 400), False),
     "no answer": (ReadTimeoutError(endpoint_url="https://aws.invalid"), False),
+    "no connection": (ConnectTimeoutError(endpoint_url="https://aws.invalid"), False),
     "lost answer": (ReadTimeoutError(endpoint_url="https://aws.invalid"), True),
     "garbled": (KeyError("MessageId"), True),
     "thread ends": (ThreadEnds(), False),
@@ -174,11 +177,13 @@ class Requests:
                 held = len(self.queue.calls) == self.publisher._under_way
                 return held and known == set(self.answers)
 
-        with self.queue.changed:
-            # Looked at again after a while, too: a request tells when it begins to wait, but not
-            # when its message has left the queue of the publisher.
-            while not is_settled():
-                assert self.queue.changed.wait(20) or is_settled(), "a request is stranded"
+        end = time.monotonic() + 20
+        # Not under the condition: the publisher looks at the clock while it holds its lock. A change
+        # just before the wait is seen a little later.
+        while not is_settled():
+            with self.queue.changed:
+                self.queue.changed.wait(0.002)
+            assert time.monotonic() < end or is_settled(), "a request is stranded"
 
     def end_call(
         self, number: int = 0, failure: str = "", results: list[str] | None = None
@@ -261,7 +266,7 @@ STEPS = st.one_of(
     calls=st.sampled_from([1, 2, 8]),
     threads=st.sampled_from([2, 12, 100]),
     fifo=st.booleans(),
-    seconds=st.sampled_from([60, 60, 60, 0]),
+    seconds=st.sampled_from([60, 60, 60, 1.5, 0]),
 )
 def test_any_interleaving_and_any_failures_keep_every_promise(
     steps: list[Any], burst: int, calls: int, threads: int, fifo: bool, seconds: float
@@ -422,7 +427,7 @@ def test_entry_that_fails_fails_alone(results: list[str], expected: str, made: l
     assert_kept(requests)
 
 
-@pytest.mark.parametrize("failure", ["server error", "throttled", "garbled"])
+@pytest.mark.parametrize("failure", ["server error", "throttled", "too many", "garbled"])
 def test_call_that_fails_is_made_three_times_for_all_its_messages(failure: str) -> None:
     requests = Requests(calls=1)
     submit_many(requests, 4)
@@ -470,6 +475,89 @@ def test_queue_whose_limit_was_lowered_refuses_the_large_message_alone() -> None
     assert outcomes(requests) == "sms"
 
 
+def test_message_is_tried_again_within_five_seconds_and_no_longer() -> None:
+    assert app.Publisher.SECONDS == 5
+    requests = Requests(calls=1, seconds=5)
+    submit_many(requests, 2)
+    requests.now += 4.9
+    requests.end_call(failure="server error")
+    requests.now += 0.1
+    requests.end_call(failure="server error")
+    assert outcomes_so_far(requests)[0] == "q"
+    requests.end_all()
+
+
+def test_request_is_answered_before_the_pause_for_messages_of_others() -> None:
+    requests = Requests(calls=1)
+    submit_many(requests, 3)
+    requests.end_call()
+    paused, go_on = threading.Event(), threading.Event()
+
+    def pause(_: float) -> None:
+        paused.set()
+        assert go_on.wait(20)
+
+    requests.publisher._pause = pause
+    call = requests.queue.calls[0]
+    call.results = [SENT, BUSY]
+    call.end.set()
+    assert paused.wait(20)
+    requests.threads[1].join(20)
+    assert outcomes_so_far(requests) == "ss "
+    go_on.set()
+    requests.threads[2].join(0)
+    requests.settle()
+    requests.end_all()
+    assert outcomes(requests) == "sss"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_thread_that_ends_in_the_pause_strands_nobody() -> None:
+    requests = Requests(calls=1)
+    submit_many(requests, 3)
+    requests.end_call()
+
+    def pause(_: float) -> None:
+        requests.publisher._pause = lambda _: None
+        raise ThreadEnds
+
+    requests.publisher._pause = pause
+    requests.end_call(failure="server error")
+    assert outcomes(requests) == "seq"
+    requests.submit()
+    requests.end_all()
+    assert outcomes(requests) == "seqs"
+    assert_kept(requests)
+
+
+def test_outcome_of_a_request_that_gave_up_is_not_changed_by_a_late_answer() -> None:
+    requests = Requests(calls=1)
+    pending = app.Pending({}, 0, 0.0)
+    pending.wake.acquire()
+    gave_up = app.Refusal("queue_unavailable")
+    for outcome in (gave_up, "id-1"):
+        requests.publisher._end(pending, outcome)
+    assert pending.outcome is gave_up
+
+
+def test_call_that_does_not_come_back_does_not_hold_up_the_others() -> None:
+    requests = Requests(calls=3)
+    submit_many(requests, 3)
+    assert sizes(requests) == [1]
+    requests.now += app.Publisher.STALL_SECONDS
+    requests.submit()  # looks after the others, too
+    assert sizes(requests) == [1, 3]
+    submit_many(requests, 2)
+    assert sizes(requests) == [1, 3]
+    requests.now += app.Publisher.STALL_SECONDS
+    with requests.queue.changed:  # by themselves, without another request
+        assert requests.queue.changed.wait_for(lambda: sizes(requests) == [1, 3, 2], 20)
+    requests.end_call(number=1)
+    requests.end_all()
+    assert outcomes(requests) == "s" * 6
+    assert_kept(requests)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_thread_that_ends_in_its_call_strands_nobody() -> None:
     requests = Requests(calls=1)
@@ -496,6 +584,7 @@ def test_request_whose_time_ends_while_another_sends_its_message_gets_503() -> N
     submit_many(requests, 3)
     requests.end_call()
     call = requests.queue.calls[0]
+    requests.now += 1
     requests.threads[2].join(20)
     assert len(bodies(call)) == 2
     requests.end_all()
@@ -507,7 +596,12 @@ def test_message_whose_time_ends_in_the_pause_before_the_next_attempt_is_not_sen
     requests = Requests(calls=1, seconds=0.2)
     submit_many(requests, 3)
     requests.end_call()
-    requests.publisher._pause = lambda _: requests.threads[2].join(20)
+
+    def pause(_: float) -> None:
+        requests.now += 1
+        requests.threads[2].join(20)
+
+    requests.publisher._pause = pause
     requests.end_call(failure="no answer")
     requests.end_all()
     assert outcomes(requests) == "ssq"
@@ -516,15 +610,16 @@ def test_message_whose_time_ends_in_the_pause_before_the_next_attempt_is_not_sen
 
 def test_request_that_is_handed_a_batch_in_the_moment_when_its_time_ends_sends_it() -> None:
     requests = Requests(calls=1, seconds=0.1)
-    give_up, out_of_time = requests.publisher._give_up, threading.Barrier(4)
+    lose_patience, out_of_time = requests.publisher._lose_patience, threading.Barrier(4)
 
-    def give_up_late(pending: app.Pending) -> None:
+    def lose_it_late(pending: app.Pending) -> None:
         out_of_time.wait(20)  # all three are,
         out_of_time.wait(20)  # and the batch was handed on
-        give_up(pending)
+        lose_patience(pending)
 
-    requests.publisher._give_up = give_up_late  # type: ignore[method-assign]
+    requests.publisher._lose_patience = lose_it_late  # type: ignore[method-assign]
     submit_many(requests, 4)
+    requests.now += 1
     out_of_time.wait(20)
     requests.queue.calls[0].end.set()
     requests.threads[0].join(20)
@@ -548,10 +643,13 @@ def test_fifo_queue_gets_messages_in_the_order_of_their_requests() -> None:
 # --- Failing fast ---------------------------------------------------------------------------------
 
 
-def test_call_that_times_out_ends_the_waiting_and_is_tried_once_more_as_the_probe() -> None:
+@pytest.mark.parametrize("failure", ["no answer", "no connection"])
+def test_call_that_times_out_ends_the_waiting_and_is_tried_once_more_as_the_probe(
+    failure: str,
+) -> None:
     requests = Requests(calls=1)
     submit_many(requests, 4)
-    requests.end_call(failure="no answer")
+    requests.end_call(failure=failure)
     assert outcomes_so_far(requests) == " qqq"  # nobody waits for an SQS that may be down
     assert sizes(requests) == [1, 1]
     requests.end_call()
@@ -559,6 +657,18 @@ def test_call_that_times_out_ends_the_waiting_and_is_tried_once_more_as_the_prob
     requests.submit()
     requests.end_all()
     assert outcomes(requests) == "sqqqs"  # one answer, and all is as before
+
+
+def test_call_that_times_out_while_another_is_answered_is_tried_again_and_refuses_nobody() -> None:
+    requests = Requests(threads=2)
+    submit_many(requests, 2)
+    requests.now += 1
+    requests.end_call(number=1)
+    requests.now += 2
+    requests.end_call(failure="no answer")
+    requests.submit()
+    requests.end_all()
+    assert outcomes(requests) == "sss"
 
 
 def down() -> Requests:
@@ -629,11 +739,12 @@ def test_ten_failed_calls_in_a_row_count_as_down(failure: str, failures: int) ->
 
 def test_success_between_failures_keeps_the_circuit_closed() -> None:
     requests = Requests()
-    for _ in range(20):
+    for _ in range(app.Circuit.FAILURES + 1):
         requests.submit()
         requests.end_call(failure="server error")
         requests.end_call()
-    assert outcomes(requests) == "s" * 20
+        assert not requests.publisher._circuit.open
+    assert outcomes(requests) == "s" * (app.Circuit.FAILURES + 1)
 
 
 def test_going_down_and_coming_back_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
