@@ -898,22 +898,23 @@ class Publisher:
             raise Refusal("queue_unavailable")
         try:
             if self._checks == checks:
-                self._checks += 1
-                answer = self._sqs.get_queue_attributes(
-                    QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
-                )
-                self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
-                self.problem = None
-            elif self.problem:
-                raise Refusal("queue_unavailable")
-        except Refusal:
-            raise
+                self._see_queue()
+        finally:
+            self._checks += 1
+            self._check_lock.release()
+        if self.problem:
+            raise Refusal("queue_unavailable")
+
+    def _see_queue(self) -> None:
+        try:
+            answer = self._sqs.get_queue_attributes(
+                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
+            )
+            self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
+            self.problem = None
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not seen", extra={"cause": detail_of(error)})
-            raise Refusal("queue_unavailable") from error
-        finally:
-            self._check_lock.release()
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.

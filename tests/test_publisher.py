@@ -178,8 +178,8 @@ class Requests:
                 return held and known == set(self.answers)
 
         end = time.monotonic() + 20
-        # Not under the condition: the publisher looks at the clock while it holds its lock. A change
-        # just before the wait is seen a little later.
+        # Not under the condition: the publisher looks at the clock while it holds its lock. So a
+        # change just before the wait is seen a little later.
         while not is_settled():
             with self.queue.changed:
                 self.queue.changed.wait(0.002)
@@ -463,6 +463,19 @@ def test_messages_of_a_refused_batch_go_alone_so_that_one_cannot_fail_the_others
     assert_kept(requests)
 
 
+def test_message_of_a_refused_batch_stays_alone_when_sqs_is_busy_the_next_time() -> None:
+    requests = Requests(calls=1)
+    submit_many(requests, 3)
+    requests.end_call()
+    requests.end_call(failure="refused")
+    requests.end_call()
+    requests.submit()
+    requests.end_call(failure="server error")
+    requests.end_all()
+    assert outcomes(requests) == "ssss"
+    assert sizes(requests) == [1, 2, 1, 1, 1, 1]
+
+
 def test_queue_whose_limit_was_lowered_refuses_the_large_message_alone() -> None:
     requests = Requests(calls=1)
     text = "One or more parameters are invalid. Reason: Message must be shorter than 1024 bytes."
@@ -742,8 +755,8 @@ def test_success_between_failures_keeps_the_circuit_closed() -> None:
     for _ in range(app.Circuit.FAILURES + 1):
         requests.submit()
         requests.end_call(failure="server error")
-        requests.end_call()
         assert not requests.publisher._circuit.open
+        requests.end_call()
     assert outcomes(requests) == "s" * (app.Circuit.FAILURES + 1)
 
 
@@ -780,3 +793,61 @@ def test_failed_calls_are_logged_once_each_with_cause_and_number_of_messages(
         (logging.WARNING, 1),
     ]
     assert all(name in logged[1][1] + logged[2][1] for name in (FAULT, BUSY))
+
+
+# --- Seeing the queue -----------------------------------------------------------------------------
+
+
+class HeldQueue:
+    """An SQS whose first GetQueueAttributes ends when the test says so, and fails or not."""
+
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.asked = fails, 0
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
+        self.asked += 1
+        self.begun.set()
+        assert self.end.wait(20)
+        if self.fails:
+            raise FAILURES["no answer"][0]
+        return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_that_wait_for_the_first_sight_of_the_queue_share_its_result(fails: bool) -> None:
+    queue, refused = HeldQueue(fails), list[bool]()
+    publisher = app.Publisher(queue, queue, QUEUE, 8, 64)
+
+    def check() -> None:
+        try:
+            publisher.check_queue()
+        except app.Refusal:
+            refused.append(True)
+        else:
+            refused.append(False)
+
+    threads = [threading.Thread(target=check) for _ in range(5)]
+    threads[0].start()
+    assert queue.begun.wait(20)
+    lock, waiting = publisher._check_lock, threading.Semaphore(0)
+
+    class CountingLock:
+        """Tells when a thread is about to wait for the lock."""
+
+        release = staticmethod(lock.release)
+
+        @staticmethod
+        def acquire(blocking: bool) -> bool:
+            waiting.release()
+            return lock.acquire(blocking)
+
+    publisher._check_lock = CountingLock()  # type: ignore[assignment]
+    for thread in threads[1:]:
+        thread.start()
+        assert waiting.acquire(timeout=20)
+    queue.end.set()
+    for thread in threads:
+        thread.join(20)
+    assert queue.asked == 1
+    assert refused == [fails] * 5
