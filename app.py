@@ -356,11 +356,12 @@ class RequestDeadline:
     """Ends the reading of requests that take longer than `seconds` in all to arrive.
 
     A socket timeout would start again with each byte that trickles in, and Gunicorn's `timeout`
-    does not watch threads. So one thread a worker looks through the requests being read, ten times
-    a second, and shuts the reading side of the overdue sockets: the blocked read then sees the end.
+    does not watch threads. So one thread a worker looks through the requests being read, twenty
+    times a second, and shuts the reading side of the overdue sockets: the blocked read then sees
+    the end.
     """
 
-    LEAST_SECONDS = 0.2
+    LEAST_SECONDS = 0.05
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
@@ -398,7 +399,7 @@ class RequestDeadline:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(0.1)
+            time.sleep(0.05)
             self.end_overdue()
 
 
@@ -1152,8 +1153,8 @@ def create_app(
     )
     publisher = Publisher(
         sqs or aws_client("sqs", settings, read=3),
-        # Half as patient: with a pause between, SQS that is back is noticed within two seconds.
-        sqs or aws_client("sqs", settings, connect=0.3, read=1.5),
+        # Nobody is to wait longer than a second for an SQS that is down.
+        sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
         settings.gunicorn_threads,
