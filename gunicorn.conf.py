@@ -113,10 +113,10 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    app.write_metrics_as(worker.slot, alive=True)
     # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
     # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    app.write_metrics_as(worker.slot, alive=True)
     # Python runs one thread of a process at a time. Threads that pass their turn from core to core
     # cost a worker of 64 threads 40 % more CPU than on one core. Several workers need all cores.
     if workers == 1 and hasattr(os, "sched_setaffinity"):
