@@ -96,7 +96,29 @@ def test_openapi_gives_every_error_code_an_example_and_no_other() -> None:
 def test_openapi_documents_every_status_of_process() -> None:
     statuses = {str(status) for status, _ in app.ERRORS.values()} - {"404", "405"}
     documented = set(OPENAPI["paths"]["/process"]["post"]["responses"])
-    assert documented - {"404", "405"} == {"200", *statuses}
+    assert documented - {"404", "405"} == {"200", "429", *statuses}
+
+
+def test_openapi_explains_every_error_as_the_readme_does() -> None:
+    explained = []
+    for response in OPENAPI["components"]["responses"].values():
+        content, description = response["content"]["application/json"], response["description"]
+        codes = list(error_examples(content))
+        table = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", description, re.M)
+        rows = table[1:]  # the first is its head
+        assert [code for code, _, _ in rows] == codes
+        assert list(content.get("examples", {})) == codes  # the page shows these names
+        explained += [tuple(cell.strip("`") for cell in row) for row in rows]
+    assert sorted(explained) == sorted(tuple(row[1:4]) for row in readme_table("Errors"))
+
+
+def test_openapi_shows_the_429_of_the_web_acl() -> None:
+    template = (app.PROJECT / "infra/email-processor.yaml").read_text("utf-8")
+    body = re.search(r'TooManyRequests:\n.*\n +Content: >-\n +(\{"status".*\})\n', template)
+    assert body
+    response = OPENAPI["components"]["responses"]["TooManyRequests"]
+    assert response["content"]["application/json"]["example"] == json.loads(body[1])
+    assert re.search(r"ResponseCode: 429\n(?:.*\n){1,3} +- Name: Retry-After\n", template)
 
 
 def test_readme_lists_every_metric_with_its_type_labels_and_label_values() -> None:

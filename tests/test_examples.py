@@ -1,0 +1,222 @@
+"""The clients that README.md shows do what it says; each runs as it stands there."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import DATA, TOKEN, Service, environment, eventually
+from fake_aws import FakeAws
+
+import app
+
+README = (app.PROJECT / "README.md").read_text("utf-8")
+
+
+def code_blocks(heading: str) -> dict[str, str]:
+    section = re.split(r"\n#+ ", README.split(f"\n### {heading}\n", 1)[1], maxsplit=1)[0]
+    return dict(re.findall(r"^```(bash|python|javascript)\n(.*?)^```$", section, re.M | re.S))
+
+
+CLIENTS = code_blocks("Clients")
+TOOLS = {"bash": "curl", "python": sys.executable, "javascript": "node"}
+INSTALLED = [language for language, tool in TOOLS.items() if shutil.which(tool)]
+
+
+def needs(language: str) -> pytest.MarkDecorator:
+    tool = TOOLS[language]
+    return pytest.mark.skipif(language not in INSTALLED, reason=f"{tool} is not installed")
+
+
+LANGUAGES = [pytest.param(language, marks=needs(language)) for language in TOOLS]
+
+
+def start(language: str, code: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
+    program, suffix = {
+        "bash": ("bash", "sh"),
+        "python": (sys.executable, "py"),
+        "javascript": ("node", "mjs"),
+    }[language]
+    folder.mkdir(parents=True)
+    file = folder / f"client.{suffix}"
+    file.write_text(code, "utf-8")
+    return subprocess.Popen(
+        [program, file.name],
+        cwd=folder,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(client: subprocess.Popen[str]) -> tuple[int, str]:
+    """The client's exit status and what it wrote."""
+    try:
+        output, _ = client.communicate(timeout=60)
+    finally:
+        client.kill()
+        client.wait()
+    return client.returncode, output
+
+
+@pytest.fixture(scope="module")
+def service(
+    fake_process: FakeAws, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, dict[str, str]]]:
+    """A service on the fake AWS, and the variables that lead a client to it."""
+    folder = tmp_path_factory.mktemp("service") / "tmp"
+    with Service(folder, {**fake_process.environment(), "GUNICORN_WORKERS": "1"}) as running:
+        url = f"http://127.0.0.1:{running.port}"
+        yield running, {"API_URL": url, "API_TOKEN": TOKEN}
+
+
+def requests_with(service: Service, outcome: str) -> int:
+    return sum(
+        line["message"] == "request" and line.get("error", "success") == outcome
+        for line in service.log()
+    )
+
+
+@needs("bash")
+def test_first_command_queues_the_message_that_it_shows(
+    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+) -> None:
+    url = service[1]["API_URL"]
+    code = code_blocks("POST /process")["bash"].replace("http://localhost:8080", url)
+    status, output = end(start("bash", code, tmp_path / "client"))
+    assert status == 0, output
+    (message,) = fake.messages()
+    assert message["message_id"] in output
+    assert json.loads(message["body"]) == DATA
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_client_queues_its_message(
+    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+) -> None:
+    status, output = end(start(language, CLIENTS[language], tmp_path / "client", **service[1]))
+    assert status == 0, output
+    (message,) = fake.messages()
+    assert message["message_id"] in output
+    assert message["attributes"]["IdempotencyKey"] == "order-1843"
+    assert json.loads(message["body"]).keys() == DATA.keys()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_client_gives_up_at_once_what_is_its_own_fault_and_shows_it(
+    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+) -> None:
+    running, variables = service
+    before = requests_with(running, "invalid_data")
+    code = CLIENTS[language].replace('"John doe"', '""')
+    status, output = end(start(language, code, tmp_path / "client", **variables))
+    assert status != 0
+    assert '"errors": [{"field": "email_sender", "message": "email_sender is empty"}]' in output
+    assert requests_with(running, "invalid_data") == before + 1
+    assert fake.messages() == []
+
+
+def test_clients_outlast_a_queue_that_is_down(
+    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+) -> None:
+    running, variables = service
+    refused = requests_with(running, "queue_unavailable") + len(INSTALLED)
+    fake.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
+    clients = [start(name, CLIENTS[name], tmp_path / name, **variables) for name in INSTALLED]
+    try:
+        eventually(lambda: requests_with(running, "queue_unavailable") == refused)
+    finally:
+        fake.set(faults={})
+        ends = [end(client) for client in clients]
+    assert [status for status, _ in ends] == [0] * len(clients), ends
+    assert requests_with(running, "queue_unavailable") == refused
+    queued = {message["message_id"] for message in fake.messages()}
+    assert len(queued) == len(clients)
+    assert all(any(queued_id in output for queued_id in queued) for _, output in ends)
+
+
+# --- What only a load balancer does ---------------------------------------------------------------
+
+
+class Balancer(http.server.ThreadingHTTPServer):
+    """Answers each path with what it has in store for it, the last one again and again."""
+
+    daemon_threads = True
+
+    def __init__(self, answers: dict[str, list[tuple[int, dict[str, str], str]]]) -> None:
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.answers = answers
+        self.requests: dict[str, list[tuple[str | None, bytes]]] = defaultdict(list)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    server: Balancer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        requests = self.server.requests[self.path]
+        requests.append((self.headers["Idempotency-Key"], body))
+        answers = self.server.answers[self.path]
+        status, headers, text = answers[min(len(requests), len(answers)) - 1]
+        if not status:  # the connection closes without an answer
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(text))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+SOON = {"Retry-After": "1"}
+RECOVERS = [
+    (502, {}, "<html><body>502 Bad Gateway</body></html>"),
+    (0, {}, ""),
+    (408, SOON, '{"status": "error", "error": "request_timeout"}'),
+    (429, SOON, '{"status": "error", "message": "Too many requests."}'),
+    (200, {}, '{"status": "success", "message": "queued", "message_id": "id-1"}'),
+]
+STAYS_DOWN = [(504, SOON, "<html><body>504 Gateway Time-out</body></html>")]
+
+
+def test_clients_send_the_same_again_but_not_for_ever(tmp_path: Path) -> None:
+    kinds = {"recovers": RECOVERS, "stays-down": STAYS_DOWN}
+    ways = [(kind, language) for kind in kinds for language in INSTALLED]
+    balancer = Balancer({f"/{kind}/{name}/process": kinds[kind] for kind, name in ways})
+    thread = threading.Thread(target=balancer.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        clients = {}
+        for kind, name in ways:
+            url = f"http://127.0.0.1:{balancer.server_port}/{kind}/{name}"
+            variables = {"API_URL": url, "API_TOKEN": TOKEN}
+            clients[kind, name] = start(name, CLIENTS[name], tmp_path / kind / name, **variables)
+        ends = {way: end(client) for way, client in clients.items()}
+    finally:
+        balancer.shutdown()
+        balancer.server_close()
+        thread.join()
+    for (kind, name), (status, output) in ends.items():
+        recovers = kind == "recovers"
+        assert (status == 0) is recovers, (name, output)
+        assert ("id-1" if recovers else "Gateway Time-out") in output
+        requests = balancer.requests[f"/{kind}/{name}/process"]
+        assert len(requests) == 5, name
+        assert len(set(requests)) == 1
+        assert requests[0][0] == "order-1843"
