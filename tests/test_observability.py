@@ -1,0 +1,238 @@
+"""The log queries and the Grafana dashboard, against what a running service really writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from conftest import (
+    BODY,
+    DATA,
+    PROJECT,
+    TOKEN,
+    StartService,
+    eventually,
+    post,
+    post_head,
+    request_head,
+)
+from fake_aws import FakeAws
+
+import app
+
+REQUEST_ID = "REQUEST_ID"  # as in the guide
+TRACE = "X-Amzn-Trace-Id: Root=1-67891233-abcdef012345678912345678"
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def observed(start_service: StartService, fake_process: FakeAws) -> tuple[list[Record], str]:
+    """A service that has had good and bad minutes: its log as CloudWatch has it, its /metrics."""
+    fake = fake_process
+    fake.set(latency_ms=2, faults={}, parameters={"/email-service/api-token": TOKEN})
+    settings = {"GUNICORN_WORKERS": "1", "TOKEN_CACHE_SECONDS": "1"}
+    with start_service(**fake.environment(), **settings) as service:
+        eventually(lambda: service.get("/ready").status == 200)
+        assert service.ask(post()).status == 200
+        wrong = {"data": {**DATA, "email_subject": ""}, "token": TOKEN}
+        assert service.ask(post(json.dumps(wrong).encode())).error == "invalid_data"
+        assert service.ask(post(b'{"token": "wrong"}')).error == "invalid_token"
+        assert service.get("/nowhere").error == "not_found"
+        assert service.ask(post_head("Content-Length: 0")).error == "invalid_json"
+        marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # first sent, then not
+        assert service.ask(marked).status == 200
+        throttled = {"kind": "error", "status": 400, "code": "ThrottlingException"}
+        denied = {"kind": "error", "status": 400, "code": "AccessDeniedException"}
+        fake.set(faults={"SQS": throttled, "SSM": denied})
+        assert service.ask(marked).error == "queue_unavailable"
+        eventually(
+            lambda: (
+                any("token not read" in line["message"] for line in service.log())
+                or service.ask(post()).status == 0
+            )
+        )
+        metrics = service.ask(request_head("GET", "/metrics", "Connection: close")).body.decode()
+        lines = service.log()
+    fake.set(faults={})
+    records = [
+        {
+            "@timestamp": line["time"],
+            "kubernetes": {"namespace_name": "email-processor", "pod_name": "a pod"},
+            "log_processed": line,
+        }
+        for line in lines
+    ]
+    return records, metrics
+
+
+# --- CloudWatch Logs Insights ---------------------------------------------------------------------
+
+
+def value_of(record: Record, field: str) -> Any:
+    value: Any = record
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def holds(record: Record, condition: str) -> bool:
+    """A condition of a filter, as far as the queries use them."""
+    if found := re.fullmatch(r"ispresent\((\S+)\)", condition):
+        return value_of(record, found[1]) is not None
+    found = re.fullmatch(r"(\S+) (=|!=|>=|<|in) (.+)", condition)
+    assert found, f"not understood: {condition}"
+    field, operator, literal = found.groups()
+    value, wanted = value_of(record, field), json.loads(literal)
+    if operator == "in":
+        return value in wanted
+    if operator in (">=", "<"):
+        return value is not None and (value >= wanted if operator == ">=" else value < wanted)
+    return (value == wanted) == (operator == "=")
+
+
+def run(query: str, records: list[Record]) -> list[Record]:
+    """The records that the query's filter lets through; each field that it names is in one."""
+    filtering, *others = [part.strip() for part in query.split("|")]
+    assert filtering.startswith("filter ")
+    conditions = filtering.removeprefix("filter ").split(" and ")
+    found = [record for record in records if all(holds(record, c) for c in conditions)]
+    names = set[str]()
+    for command in others:
+        verb = command.split()[0]
+        assert verb in ("stats", "sort", "limit", "fields"), f"not understood: {command}"
+        names |= set(re.findall(r"(?:log_processed|kubernetes)\.\w+", command))
+        if verb == "stats":
+            functions = re.findall(r"(\w+)\(", command)
+            assert set(functions) <= {"count", "sum", "pct", "max", "bin"}
+    for name in names:
+        assert any(value_of(record, name) is not None for record in found), f"nothing has {name}"
+    return found
+
+
+def queries(file: str) -> dict[str, str]:
+    """The queries of a page by the line that stands before each."""
+    text = (PROJECT / file).read_text("utf-8")
+    return {
+        title.strip(): query.strip()
+        for title, query in re.findall(r"([^\n]+)\n\n```\n(filter .*?)```", text, re.DOTALL)
+    }
+
+
+def answered(records: list[Record], field: str) -> set[Any]:
+    return {value_of(record, f"log_processed.{field}") for record in records}
+
+
+def test_log_queries_of_the_guide_find_what_they_ask_for(
+    observed: tuple[list[Record], str],
+) -> None:
+    records, _ = observed
+    asked = queries("SETUP.md")
+    assert len(asked) == 5
+    found = {title: run(query, records) for title, query in asked.items()}
+    clients, reasons, one, refused, slow = found.values()
+    assert answered(clients, "status") >= {200, 400, 401, 404, 503}
+    assert answered(clients, "error") >= {"invalid_data", "queue_unavailable", None}
+    assert any("ThrottlingException" in cause for cause in answered(reasons, "cause"))
+    assert any("AccessDeniedException" in cause for cause in answered(reasons, "cause"))
+    assert answered(one, "trace_id") == {"1-67891233-abcdef012345678912345678"}
+    assert answered(one, "error") == {"queue_unavailable", None}
+    assert answered(refused, "error") == {
+        "invalid_data",
+        "invalid_token",
+        "invalid_json",
+        "not_found",
+    }
+    assert answered(refused, "client") == {"127.0.0.1"}
+    assert answered(slow, "path") == {"/process"}
+
+
+def test_log_queries_of_the_runbook_find_what_they_ask_for(
+    observed: tuple[list[Record], str],
+) -> None:
+    records, _ = observed
+    (query,) = queries("RUNBOOK.md").values()
+    assert answered(run(query, records), "error") == {"queue_unavailable"}
+
+
+@pytest.mark.parametrize(
+    ("renamed", "query"),
+    [("cause", "Why are"), ("client", "Who sends"), ("duration_ms", "What is slow")],
+)
+def test_renamed_field_would_be_seen(
+    observed: tuple[list[Record], str], renamed: str, query: str
+) -> None:
+    records = json.loads(json.dumps(observed[0]))
+    for record in records:
+        record["log_processed"].pop(renamed, None)
+    (asked,) = [text for title, text in queries("SETUP.md").items() if title.startswith(query)]
+    with pytest.raises(AssertionError, match="nothing has"):
+        run(asked, records)
+
+
+# --- Grafana --------------------------------------------------------------------------------------
+
+DASHBOARD = json.loads((PROJECT / "infra" / "grafana.json").read_text("utf-8"))
+EXPRESSIONS = {
+    f"{panel['title']} {target['refId']}": target["expr"]
+    for panel in DASHBOARD["panels"]
+    for target in panel["targets"]
+}
+BY_PROMETHEUS = {"namespace", "pod"}  # labels that it adds itself
+
+
+def series(metrics: str) -> dict[str, list[dict[str, str]]]:
+    """Name -> the labels of each of its series."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", metrics, re.MULTILINE):
+        found.setdefault(name, []).append(dict(re.findall(r'(\w+)="([^"]*)"', labels)))
+    return found
+
+
+@pytest.mark.parametrize("title", EXPRESSIONS)
+def test_expression_asks_for_series_that_the_service_has(
+    observed: tuple[list[Record], str], title: str
+) -> None:
+    served, expression = series(observed[1]), EXPRESSIONS[title]
+    selectors = re.findall(r"(email_processor_\w+)\{([^}]*)\}", expression)
+    assert selectors
+    assert len(re.findall("email_processor_", expression)) == len(selectors)
+    for name, matchers in selectors:
+        labels = served[name]
+        for label, operator, value in re.findall(r'(\w+)(=~?)"([^"]*)"', matchers):
+            if label in BY_PROMETHEUS:
+                assert (operator, value) == ("=~", "$namespace")
+                continue
+            values = {series[label] for series in labels}
+            assert set(value.split("|")) <= values, f"{name} has no such {label}"
+        grouped = re.findall(r"by \(([^)]*)\)", expression)
+        for label in {label for group in grouped for label in re.split(r",\s*", group)}:
+            assert label in BY_PROMETHEUS or all(label in series for series in labels), label
+
+
+def test_dashboard_shows_every_metric_of_the_service(observed: tuple[list[Record], str]) -> None:
+    families = {
+        re.sub(r"_(bucket|sum|count|total|created)$", "", name)
+        for name in series(observed[1])
+        if name.startswith("email_processor_")
+    }
+    shown = " ".join(EXPRESSIONS.values())
+    assert {family for family in families if family not in shown} == set()
+    assert len(families) >= 9
+
+
+def test_5xx_of_the_dashboard_are_those_of_the_error_list() -> None:
+    (codes,) = re.findall(r'outcome=~"([^"]*)"', " ".join(EXPRESSIONS.values()))
+    assert set(codes.split("|")) == {c for c, (status, _) in app.ERRORS.items() if status >= 500}
+
+
+def test_dashboard_can_be_imported_as_it_stands() -> None:
+    assert DASHBOARD["uid"] == app.SERVICE
+    variables = [variable["name"] for variable in DASHBOARD["templating"]["list"]]
+    assert variables == ["datasource", "namespace"]
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for panel in DASHBOARD["panels"]:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
