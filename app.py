@@ -1345,10 +1345,14 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
     for variable in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[variable]
     os.environ.update(aws)
-    aws_client("ssm", settings).put_parameter(
-        Name=settings.token_ssm_parameter[0], Value=EXAMPLE_TOKEN, Type="SecureString"
+    # The emulator's first answers take seconds on a busy machine; so a try may come twice.
+    aws_client("ssm", settings, read=30).put_parameter(
+        Name=settings.token_ssm_parameter[0],
+        Value=EXAMPLE_TOKEN,
+        Type="SecureString",
+        Overwrite=True,
     )
-    queue = aws_client("sqs", settings).create_queue(QueueName="dev-CP-queue")
+    queue = aws_client("sqs", settings, read=30).create_queue(QueueName="dev-CP-queue")
     return {**aws, "SQS_QUEUE_URL": queue["QueueUrl"]}
 
 

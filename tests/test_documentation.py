@@ -197,7 +197,21 @@ def test_every_bad_day_that_is_tested_is_in_the_table_and_the_other_way_round() 
     )
 
 
-@pytest.mark.parametrize("file", ["README.md", "SETUP.md", "RELIABILITY.md"])
+def test_every_item_of_the_production_checklist_has_its_file_and_its_test() -> None:
+    tests = "".join(file.read_text("utf-8") for file in (app.PROJECT / "tests").glob("test_*.py"))
+    tests += (app.PROJECT / "test_app.py").read_text("utf-8")
+    rows = readme_table("Production checklist")
+    assert len(rows) == 12
+    for item, where, shown in rows:
+        files = re.findall(r"[\w./-]+\.(?:yaml|yml|json|md|sh)\b", where)
+        assert files, item
+        assert all((app.PROJECT / name).exists() for name in files), item
+        names = re.findall(r"test_\w+", shown)
+        assert names, item
+        assert all(f"def {name}(" in tests for name in names), item
+
+
+@pytest.mark.parametrize("file", ["README.md", "SETUP.md", "RELIABILITY.md", "RUNBOOK.md"])
 def test_files_named_in_the_documentation_exist(file: str) -> None:
     text = (app.PROJECT / file).read_text("utf-8")
     names = set(re.findall(r"`(?:\./)?([\w./-]+\.(?:py|sh|md|yaml|toml|txt))\b", text))
