@@ -78,7 +78,7 @@ def ratio_table(compared: dict[str, list[Figures]]) -> Table:
         for other in (other for other in compared if other not in ours):
             pairs = list(zip(compared[name], compared[other], strict=True))
             ratios = [median(a[key] / b[key] for a, b in pairs) for key, _ in columns.values()]
-            table.append([f"{name} / {other}", *(f"{ratio:.2f}" for ratio in ratios)])
+            table.append([f"{name} / {other}", *(f"{ratio:.3f}" for ratio in ratios)])
     return table
 
 
@@ -185,7 +185,11 @@ def sections(raw: dict[str, Any], layout: Callable[[Table], str]) -> dict[str, s
     if raw.get("alone"):
         found["One client alone"] = layout(alone_table(raw["alone"]))
     if raw.get("sweep"):
-        explained = "CPU and SQS calls per message."
+        explained = (
+            "CPU and SQS calls per message: how they grow, not how large they are. Each is one "
+            "measurement of a few seconds, so that a worker's start and the machine's noise weigh "
+            "more than in the medians above."
+        )
         found["How cost grows"] = f"{explained}\n\n{layout(sweep_table(raw['sweep']))}"
     return found
 

@@ -417,7 +417,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--write", action="store_true", help="run everything; write RESULTS.md and chart.svg"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write and (options.only or options.profiles):
+        parser.error("--write takes all contenders: RESULTS.md would lose the others")
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
