@@ -5,6 +5,7 @@ What a linter knows is asked in test_manifests.py.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -303,3 +305,46 @@ def test_smoke_test_asks_the_service_with_the_token_that_its_pods_accept(
         text=True,
     )
     assert (done.returncode == 0, done.stdout.strip()) == (answers, expected), done
+
+
+def pipeline_section() -> str:
+    return (PROJECT / "SETUP.md").read_text("utf-8").split("## Pipeline\n")[1].split("\n## ")[0]
+
+
+def test_guide_lists_every_variable_of_a_deployment() -> None:
+    used = set(re.findall(r"\bvars\.(\w+)", FILES[1].read_text("utf-8")))
+    assert set(re.findall(r"^\| `(\w+)` \|", pipeline_section(), re.M)) == used
+
+
+def test_role_of_the_guide_may_do_what_deploy_sh_asks_of_aws() -> None:
+    script = (PROJECT / "deploy.sh").read_text("utf-8").split("\ndelete_all() {")[0]
+    calls = set(re.findall(r"\baws ([a-z0-9]+) ([a-z-]+)", script))
+    calls |= {("sqs", call) for call in re.findall(r"^\s+sqs ([a-z-]+)", script, re.M)}
+    named = {  # where the action is not called as the command is
+        ("cloudformation", "deploy"): "cloudformation:ExecuteChangeSet",
+        ("ecr", "get-login-password"): "ecr:GetAuthorizationToken",
+        ("eks", "update-kubeconfig"): "eks:DescribeCluster",
+        ("eks", "list-access-entries"): "",  # in a message
+        ("iam", "list-open-id-connect-providers"): "iam:ListOpenIDConnectProviders",
+        ("sso", "login"): "",  # in a message
+        ("sts", "get-caller-identity"): "",  # always allowed
+    }
+    prefixes = {"elbv2": "elasticloadbalancing"}
+    text = pipeline_section().split("--policy-document '")[1].split("}'\n")[0] + "}"
+    policy = json.loads(re.sub(r"'\"([^\"]*)\"'", r"\1", text))
+    granted = [
+        action
+        for statement in policy["Statement"]
+        for action in (
+            [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
+        )
+    ]
+    needed = {
+        named.get(
+            (service, call),
+            prefixes.get(service, service) + ":" + call.replace("-", " ").title().replace(" ", ""),
+        )
+        for service, call in calls
+    } - {""}
+    assert len(needed) >= 10
+    assert [each for each in sorted(needed) if not any(fnmatch(each, a) for a in granted)] == []
