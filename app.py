@@ -229,8 +229,21 @@ if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
 
 # A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
 SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
-REQUESTS = prometheus_client.Counter(
-    "email_processor_requests", "Answers by outcome: success, or the error code.", ["outcome"]
+
+
+def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[str, Any]:
+    """A counter for each label value, there from the start: Prometheus sees no increase in a series
+    that only begins with its first event.
+    """
+    counter = prometheus_client.Counter(name, text, [label])
+    return {value: counter.labels(value) for value in label_values}
+
+
+ANSWERS = _counter(
+    "email_processor_requests",
+    "Answers by outcome: success, or the error code.",
+    "outcome",
+    ["success", *ERRORS],
 )
 REQUEST_DURATION = prometheus_client.Histogram(
     "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
@@ -238,8 +251,11 @@ REQUEST_DURATION = prometheus_client.Histogram(
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
     "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="sum"
 )
-SQS_CALLS = prometheus_client.Counter(
-    "email_processor_sqs_calls", "Calls of SQS that send messages, by result.", ["result"]
+SQS_CALLS = _counter(
+    "email_processor_sqs_calls",
+    "Calls of SQS that send messages, by result.",
+    "result",
+    ["success", "partial", "timeout", "unavailable", "refused"],
 )
 SQS_CALL_DURATION = prometheus_client.Histogram(
     "email_processor_sqs_call_duration_seconds",
@@ -254,22 +270,17 @@ SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
     "Workers that take SQS for down and refuse at once.",
     multiprocess_mode="sum",
 )
-TOKEN_READS = prometheus_client.Counter(
-    "email_processor_token_reads", "Reads of the token from SSM by result.", ["result"]
+TOKEN_READS = _counter(
+    "email_processor_token_reads",
+    "Reads of the token from SSM by result.",
+    "result",
+    ["success", "failure"],
 )
 TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
     "email_processor_token_read_timestamp_seconds",
     "Last read of the token; of the worker for which that is longest ago; 0 for never.",
     multiprocess_mode="min",
 )
-# Prometheus sees no increase in a series that only begins with its first event.
-for metric, label_values in {
-    REQUESTS: ("success", *ERRORS),
-    SQS_CALLS: ("success", "partial", "timeout", "unavailable", "refused"),
-    TOKEN_READS: ("success", "failure"),
-}.items():
-    for label_value in label_values:
-        metric.labels(label_value)
 
 
 def write_metrics_as(writer: str, alive: bool = False) -> None:
@@ -323,9 +334,9 @@ def trace_of(x_amzn_trace_id: str, traceparent: str) -> tuple[str, str | None]:
     Of the two headers the first that is well-formed counts; SQS would refuse a message with any
     other text. The empty text and None when there is none.
     """
-    if len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
+    if 0 < len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
         return x_amzn_trace_id, found[1]
-    if found := _traceparent(traceparent):
+    if traceparent and (found := _traceparent(traceparent)):
         seconds, rest, parent, flags = found.groups()
         trace_id = f"1-{seconds}-{rest}"
         return f"Root={trace_id};Parent={parent};Sampled={int(flags, 16) & 1}", trace_id
@@ -341,7 +352,7 @@ def add_request(record: logging.LogRecord) -> bool:
 
 def record_answer(path: str, status: int, **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
-    REQUESTS.labels(line.get("error") or "success").inc()
+    ANSWERS[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
@@ -681,7 +692,7 @@ class TokenStore:
                 raise ValueError("the answer does not speak of every parameter")
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
-            TOKEN_READS.labels("failure").inc()
+            TOKEN_READS["failure"].inc()
             instead = "the last known one counts" if self.ready else "none is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
             return
@@ -696,7 +707,7 @@ class TokenStore:
             self._stale_at = now + self._cache_seconds
         self._reads += 1
         self.problem = None
-        TOKEN_READS.labels("success").inc()
+        TOKEN_READS["success"].inc()
 
 
 # --- Publisher ------------------------------------------------------------------------------------
@@ -978,7 +989,7 @@ class Publisher:
             results = self._call(sent)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(sent))
-            SQS_CALLS.labels(result_of(results)).inc()
+            SQS_CALLS[result_of(results)].inc()
             again = self._settle(sent, results, began)
         finally:
             with self._lock:
@@ -1175,10 +1186,8 @@ def create_app(
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
-    @app.post("/process")
-    @REQUESTS_IN_FLIGHT.track_inprogress()
-    @REQUEST_DURATION.time()
-    def process() -> Response:
+    def take_message() -> str:
+        """Read, check and publish what the request brings; the MessageId."""
         body = read_body(settings.max_request_bytes, deadline)
         if not request.is_json:
             raise Refusal("unsupported_media_type")
@@ -1189,20 +1198,29 @@ def create_app(
         if not isinstance(token, str) or not tokens.accepts(token):
             raise Refusal("invalid_token")
         validate_data(members.get("data"))
-        line, environ = g.line, request.environ
-        line["message_id"] = publisher.publish(
+        return publisher.publish(
             Message(
                 body=ascii_json(data_text(text)),
-                request_id=line["request_id"],
-                idempotency_key=environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
+                request_id=g.line["request_id"],
+                idempotency_key=request.environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
                 trace_header=g.trace_header,
             )
         )
+
+    @app.post("/process")
+    def process() -> Response:
+        begin = time.perf_counter()
+        REQUESTS_IN_FLIGHT.inc()
+        try:
+            message_id = g.line["message_id"] = take_message()
+        finally:
+            REQUESTS_IN_FLIGHT.dec()
+            REQUEST_DURATION.observe(time.perf_counter() - begin)
         return json_response(
             {
                 "status": "success",
                 "message": "Email data processed and queued",
-                "message_id": line["message_id"],
+                "message_id": message_id,
             }
         )
 
