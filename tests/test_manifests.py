@@ -147,7 +147,7 @@ def test_service_comes_before_deployment() -> None:
     [
         (DEPLOYMENT["spec"], "replicas", None),  # the HPA owns it
         (DEPLOYMENT["spec"]["strategy"], "type", "RollingUpdate"),
-        (DEPLOYMENT["spec"]["strategy"], "rollingUpdate", {"maxUnavailable": 0, "maxSurge": 1}),
+        (DEPLOYMENT["spec"]["strategy"], "rollingUpdate", {"maxUnavailable": 0, "maxSurge": "25%"}),
         (POD, "serviceAccountName", "email-processor-sa"),
         (POD, "automountServiceAccountToken", False),
         (POD, "enableServiceLinks", False),
@@ -612,6 +612,7 @@ ALARM = "AWS::CloudWatch::Alarm"
         ("Namespace", "email-processor"),
         ("ServiceAccount", "email-processor-sa"),
         ("QueueName", "dev-CP-queue"),
+        ("FormerQueueName", ""),
         ("CreateQueue", "false"),
         ("DeadLetterQueueName", ""),
         ("TokenParameterNames", "/email-service/api-token"),
@@ -636,6 +637,7 @@ def test_parameter_has_its_default(parameter: str, default: str | int | None) ->
         ("TokenParameterNames", "/a/*"),
         ("TokenParameterNames", ",".join(["/a"] * 11)),
         ("QueueName", "*"),
+        ("FormerQueueName", "*"),
         ("EnvironmentName", "Prod_1"),
         ("TokenKeyArn", "*"),
         ("CreateQueue", "yes"),
@@ -729,8 +731,16 @@ def test_role_may_read_exactly_its_tokens_and_send_to_exactly_its_queue(names: l
             "Sid": "SendMessages",
             "Effect": "Allow",
             "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-            "Resource": "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue",
+            "Resource": ["arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue"],
         },
+    ]
+
+
+def test_role_may_use_the_former_queue_during_a_roll_out() -> None:
+    (policy,) = Stack(FormerQueueName="old.fifo").properties("Role")["Policies"]
+    assert policy["PolicyDocument"]["Statement"][1]["Resource"] == [
+        "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue",
+        "arn:aws:sqs:us-west-1:ACCOUNT_ID:old.fifo",
     ]
 
 
@@ -784,7 +794,8 @@ def test_queues_are_encrypted_keep_14_days_and_outlive_the_stack() -> None:
     for name, queue in stack.of_type("AWS::SQS::Queue").items():
         assert queue["MessageRetentionPeriod"] == 14 * 24 * 3600
         assert queue["SqsManagedSseEnabled"] is True
-        assert stack.resources[name]["DeletionPolicy"] == "Retain"
+        # But for those of a stack whose first deployment fails: the next could not make them.
+        assert stack.resources[name]["DeletionPolicy"] == "RetainExceptOnCreate"
         assert stack.resources[name]["UpdateReplacePolicy"] == "Retain"
 
 
@@ -814,7 +825,10 @@ def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
     assert [header["Name"] for header in response["ResponseHeaders"]] == ["Retry-After"]
     body = acl["CustomResponseBodies"][response["CustomResponseBodyKey"]]
     assert body["ContentType"] == "APPLICATION_JSON"
-    assert json.loads(body["Content"])["status"] == "error"
+    content = json.loads(body["Content"])
+    assert content.keys() == {"status", "error", "message"}
+    assert (content["status"], content["error"]) == ("error", "too_many_requests")
+    assert "too_many_requests" not in app.ERRORS  # the service never gives it
     for visible in (acl, rule):
         assert visible["VisibilityConfig"]["CloudWatchMetricsEnabled"] is True
 
