@@ -26,6 +26,7 @@ NAME = "email-processor"
 LABELS = {"app.kubernetes.io/name": NAME}
 FILES = sorted((app.PROJECT / "k8s").glob("*.yaml"))
 TEMPLATE_FILE = app.PROJECT / "infra" / "email-processor.yaml"
+DEPLOY = app.PROJECT / "deploy.sh"
 SCRIPTS = [*sorted(app.PROJECT.glob("*.sh")), app.PROJECT / ".ci" / "run"]
 WORKFLOWS = sorted((app.PROJECT / ".github" / "workflows").iterdir())
 PRIVATE = {"/metrics", "/ready"}  # the cluster's own
@@ -314,6 +315,11 @@ def test_pod_is_killed_only_after_its_sleep_and_gunicorns_graceful_timeout() -> 
     assert POD["terminationGracePeriodSeconds"] > asleep + gunicorn_setting("graceful_timeout")
 
 
+def test_rights_of_old_pods_end_only_after_their_grace_period() -> None:
+    (seconds,) = re.findall(r"sleep (\d+) # terminationGrace", DEPLOY.read_text("utf-8"))
+    assert int(seconds) == POD["terminationGracePeriodSeconds"]
+
+
 def test_pod_sleeps_as_long_as_the_load_balancer_may_still_send_to_it() -> None:
     delay = attributes("target-group-attributes")["deregistration_delay.timeout_seconds"]
     assert int(delay) == CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -443,6 +449,7 @@ ALL_FILES = [pytest.param(file, id=file.name) for file in [*FILES, TEMPLATE_FILE
     [
         ("ACCOUNT_ID", ["configmap.yaml", "serviceaccount.yaml"]),
         ("IMAGE", ["deployment.yaml"]),
+        ("CONFIG_CHECKSUM", ["deployment.yaml"]),
         ("CERTIFICATE_ARN", ["ingress.yaml"]),
         ("WEB_ACL_ARN", ["ingress.yaml"]),
     ],
