@@ -314,8 +314,8 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     assert re.fullmatch(rf"Deployed in \d+ s: {url}", result.stdout.splitlines()[-1])
     assert world.verbs("docker").count("build") == world.verbs("docker").count("push") == 1
     # It has no limit but progressDeadlineSeconds.
-    (status,) = [c["arguments"][4:] for c in world.calls("kubectl") if "rollout" in c["arguments"]]
-    assert status == ["rollout", "status", DEPLOYMENT.replace(".apps", "")]
+    (wait,) = [c["arguments"][4:] for c in world.calls("kubectl") if "rollout" in c["arguments"]]
+    assert wait == ["rollout", "status", DEPLOYMENT.replace(".apps", "")]
     assert (world.token()["Type"], world.token()["Value"]) == ("SecureString", TOKEN)
 
     # The token is in no argument, no variable, no output, and not in the shell's trace.
@@ -683,7 +683,9 @@ def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(wo
     lines = "".join(f"{name}\t{value}\n" for name, value in values.items())
     stack = f"CREATE_COMPLETE\n{lines}"
     world.answer(cloudformation_describe_stacks=stack, ssm_get_parameter="SecureString")
-    output = world.deploy("--dry-run", "--token-parameter", ",".join(new))
+    options = ("--token-parameter", ",".join(new), "--dead-letter-queue", "theirs")
+    output = world.deploy("--dry-run", *options)
+    assert "DeadLetterQueueName=theirs " in output
     assert f"TokenParameterNames={','.join([*new, *old[:4]])} " in output
     assert "QueueName=dev-CP-queue FormerQueueName= CreateQueue=false" in output
 
@@ -794,7 +796,7 @@ def test_manifests_are_rendered_without_any_tool_but_git(
             "--dead-letter-queue needs a val",
         ),
         ([REGISTRY, ACCOUNT, "--queue-name", "a" * 81], "is not a queue's name"),
-        ([REGISTRY, ACCOUNT, "--queue-name", "a" * 80, "--region", "west"], "--region 'west'"),
+        ([REGISTRY, ACCOUNT, "--queue-name", "a" * 80, "--timeout", "0"], "--timeout '0' is"),
         ([REGISTRY, ACCOUNT, "--region", "west"], "--region 'west' is not a region"),
         ([REGISTRY, ACCOUNT, "--token-parameter", "token"], "is not a parameter's name"),
         ([REGISTRY, ACCOUNT, "--certificate-arn", "x"], "is not the ARN of an ACM certificate"),
