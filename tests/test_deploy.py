@@ -151,17 +151,19 @@ class World:
     def answer(self, **answers: str) -> None:
         """What these commands of AWS print from now on.
 
-        So do those that every run begins with, which saves their time in tests of what comes after.
+        So do those with which every run begins and ends, which saves time where they do not matter.
         """
-        begin = {
+        usual = {
             "sts_get_caller_identity": ACCOUNT,
             "eks_describe_cluster": f"ACTIVE\t{self.issuer}",
             "eks_update_kubeconfig": "",
             "iam_list_open_id_connect_providers": f":oidc-provider/{self.issuer[8:]}",
             "ecr_get_login_password": "password",
+            "elbv2_describe_load_balancers": "arn:aws:elasticloadbalancing:loadbalancer/app/a/1",
+            "elbv2_describe_target_groups": "arn:aws:elasticloadbalancing:targetgroup/b/2",
         }
         cases = ""
-        for command, text in {**begin, **answers}.items():
+        for command, text in {**usual, **answers}.items():
             words = command.replace("_", " ", 1).replace("_", "-")
             cases += f"'{words}') printf %s {shlex.quote(text)} ;;\n"
         executable(
