@@ -11,7 +11,7 @@ Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
 image tagged by the commit, applies k8s/ and waits until it runs, or else goes back to what ran
 before. It can be run again at any time: only what differs is changed, and an option that is left
-out keeps the value of the last run.
+out keeps the value of the last run; --context, --platform and --timeout are not kept.
 
 Instead of deploying:
   --dry-run               check everything and say what would be done; nothing is changed
@@ -29,19 +29,22 @@ Options (with the value of the first run):
   --queue-name NAME       the SQS queue (dev-CP-queue)
   --create-queue          make it, with a dead-letter queue (by default it must exist)
   --dead-letter-queue NAME
-                          its dead-letter queue, for the alarm (the queue's name with -dlq after it)
+                          its dead-letter queue, for the alarm (of a queue that exists, the one in its
+                          redrive policy; else the queue's name with -dlq after it)
   --certificate-arn ARN   serve HTTPS with this ACM certificate; none goes back to HTTP (HTTP)
   --token-parameter NAME  the SSM parameter that holds the token, or several, separated by commas
-                          (/email-service/api-token)
+                          (/email-service/api-token; /email-service/NAME/api-token with --environment)
   --token-key-arn ARN     the KMS key that encrypts it, unless it is AWS's own
-  --rate-limit NUMBER     requests that one address may send in 5 minutes
+  --rate-limit NUMBER     requests that one address may send in 5 minutes (2000)
   --alarm-email ADDRESS   where alarms go (nowhere)
   --platform PLATFORM     what the nodes run (linux/amd64)
-  --timeout SECONDS       how long the roll-out, and then the ALB, may take (300)
+  --timeout SECONDS       how long to wait for the ALB, or for each removal from the cluster (300); a
+                          roll-out may take any time, as long as it goes on
 
 Environment:
-  API_TOKEN   the token, if the parameter has to be made. Without it, you are asked; without a
-              terminal, or if you answer nothing, one is made up
+  API_TOKEN   the token, if the parameter has to be made. Without it you are asked, which keeps the
+              token out of the environment and the shell's history; without a terminal, or if you
+              answer nothing, one is made up
   AWS_*, DOCKER_*, KUBECONFIG   as for these tools
 
 Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument.
@@ -50,7 +53,7 @@ HELP
 
 name=email-processor # of the stack, the repository, the namespace and what is in it
 manifests_folder=k8s template=infra/email-processor.yaml
-default_token=/email-service/api-token
+default_token=/email-service/api-token # the application's
 # What the image is made of; the tag of a changed checkout is made from it.
 image_files=(.dockerignore Dockerfile app.py gunicorn.conf.py openapi.yaml requirements.txt)
 
@@ -118,12 +121,12 @@ read_arguments() {
         continue
         ;;
       --create-queue)
-        create_queue=yes
+        create_queue=true
         continue
         ;;
       --region | --environment | --cluster | --context | --queue-name | --dead-letter-queue | \
         --certificate-arn | --token-parameter | --token-key-arn | --rate-limit | --alarm-email | --platform | --timeout)
-        [ $# -gt 0 ] && [ -n "$1" ] || die "$option needs a value; see --help." 2
+        [ $# -gt 0 ] && [[ $1 == [!-]* ]] || die "$option needs a value; see --help." 2
         ;;
       -*) die "Unknown option '$option'; see --help." 2 ;;
       *)
@@ -159,7 +162,7 @@ check_value() {
 }
 
 check_arguments() {
-  local arn='arn:aws[a-z-]*'
+  local arn='arn:aws[a-z-]*' queue='([A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)?'
   check_value ECR_REGISTRY "$registry" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?' \
     "a registry's host name, such as 111122223333.dkr.ecr.us-west-1.amazonaws.com"
   check_value AWS_ACCOUNT_ID "$account" '[0-9]{12}' "an account's 12 digits"
@@ -167,8 +170,8 @@ check_arguments() {
   check_value --environment "$environment" '([a-z0-9]+(-[a-z0-9]+)*)?' \
     "a short name of small letters, digits and hyphens"
   check_value --cluster "$cluster" '([A-Za-z0-9][A-Za-z0-9_-]{0,99})?' "a cluster's name"
-  check_value --queue-name "$queue_name" '([A-Za-z0-9_-]{1,75}(\.fifo)?)?' "a queue's name"
-  check_value --dead-letter-queue "$dead_letter_queue" '([A-Za-z0-9_-]{1,75}(\.fifo)?)?' "a queue's name"
+  check_value --queue-name "$queue_name" "$queue" "a queue's name"
+  check_value --dead-letter-queue "$dead_letter_queue" "$queue" "a queue's name"
   check_value --certificate-arn "$certificate_arn" "(none|$arn:acm:$region:[0-9]{12}:certificate/[a-zA-Z0-9-]+)?" \
     "the ARN of an ACM certificate in $region, or none"
   check_value --token-parameter "$token_parameter" '(/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*(,/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)*)?' \
@@ -178,7 +181,7 @@ check_arguments() {
   check_value --alarm-email "$alarm_email" '([^[:space:]@]+@[^[:space:]@]+)?' "an address"
   check_value --platform "$platform" 'linux/[a-z0-9/]+' "a platform such as linux/arm64"
   check_value --timeout "$timeout" '[1-9][0-9]{0,4}' "a number of seconds"
-  [[ $create_queue = no || $queue_name != *.fifo ]] ||
+  [[ $create_queue = false || $queue_name != *.fifo ]] ||
     die "--create-queue makes standard queues; make $queue_name yourself, and leave the option out." 2
   [ "$delete_queues" = no ] || [ "$mode" = delete ] || die "--delete-queues goes with --delete; see --help." 2
 }
@@ -186,10 +189,10 @@ check_arguments() {
 # --- Checks, before anything is changed -------------------------------------------------------------
 
 check_tools() {
-  local tool tools=(aws kubectl)
-  [ "$mode" = delete ] || tools+=(docker git)
+  local tool tools=(aws=https://aws.amazon.com/cli kubectl=https://kubernetes.io/docs/tasks/tools)
+  [ "$mode" = delete ] || tools+=(docker=https://docs.docker.com/engine/install git=https://git-scm.com)
   for tool in "${tools[@]}"; do
-    command -v "$tool" >/dev/null || problem "$tool is missing: install it ($(where_to_get "$tool"))."
+    command -v "${tool%%=*}" >/dev/null || problem "${tool%%=*} is missing: install it (${tool#*=})."
   done
   [ "$mode" != delete ] || return 0
   if command -v docker >/dev/null; then
@@ -204,30 +207,21 @@ check_tools() {
     problem "$template or $manifests_folder/ is missing: restore them with git checkout $template $manifests_folder."
 }
 
-where_to_get() {
-  case $1 in
-    aws) echo "https://aws.amazon.com/cli, version 2" ;;
-    docker) echo "https://docs.docker.com/engine/install" ;;
-    kubectl) echo "https://kubernetes.io/docs/tasks/tools" ;;
-    git) echo "https://git-scm.com" ;;
-  esac
-}
-
-# Sets tag: the commit, and for a changed checkout what the image is made of, because the
-# repository's tags are immutable.
+# Sets tag: the commit, for a changed checkout what the image is made of, and the platform if it is
+# not the usual one, because the repository's tags are immutable.
 find_tag() {
   local changes
   tag=$(git rev-parse --short=12 HEAD 2>"$work/error") || return 1
   changes=$(git --no-optional-locks status --porcelain 2>"$work/error") || return 1
   [ -z "$changes" ] ||
     tag+="-dirty-$(cat "${image_files[@]}" | git hash-object --stdin | cut -c 1-12)"
+  [ "$platform" = linux/amd64 ] || tag+=-${platform##*/}
 }
 
 check_credentials() {
-  local of
   command -v aws >/dev/null || return 1
   of=$(aws sts get-caller-identity --query Account --output text 2>"$work/error") || {
-    problem "AWS knows no credentials ($(complaint)): run aws sso login or aws configure, or set AWS_PROFILE."
+    problem "AWS does not say whose the credentials are ($(complaint)): run aws sso login or aws configure, or set AWS_PROFILE; if it was not reached, check the network and AWS_ENDPOINT_URL."
     return 1
   }
   [ "$of" = "$account" ] || {
@@ -268,30 +262,39 @@ check_stack() {
       [ "$mode" = delete ] ||
         problem "The stack $stack is in state $stack_status and cannot be updated: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
       ;;
+    UPDATE_ROLLBACK_FAILED)
+      [ "$mode" = delete ] ||
+        problem "The stack $stack is in state $stack_status: see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
+      ;;
     *_IN_PROGRESS)
       problem "The stack $stack is in state $stack_status: wait until the other deployment has ended, and run this again."
       ;;
   esac
 }
 
-# Options that were not given: as in the last run, else as in --help.
+# Options that were not given: as in the last run, else as in --help. The queue of a run that broke
+# off does not count.
 complete_options() {
-  local last
-  last=$(value_of ClusterName)
-  cluster=${cluster:-${last:-dev-CP-EKS-CLUSTER}}
-  last=$(value_of QueueName)
-  queue=${queue_name:-${last:-dev-CP-queue}}
-  last=$(value_of TokenParameterNames)
-  tokens=${token_parameter:-${last:-$default_token}}
-  last=$(value_of DeadLetterQueueName)
-  dead_letters=${dead_letter_queue:-$last}
+  last_cluster=$(value_of ClusterName)
+  cluster=${cluster:-${last_cluster:-dev-CP-EKS-CLUSTER}}
+  last_queue=$(value_of FormerQueueName)
+  last_queue=${last_queue:-$(value_of QueueName)}
+  queue=${queue_name:-${last_queue:-dev-CP-queue}}
+  last_tokens=$(value_of TokenParameterNames)
+  tokens=${token_parameter:-${last_tokens:-/email-service/${environment:+$environment/}api-token}}
+  dead_letters=$dead_letter_queue
+  [ -n "$dead_letters" ] || [ "$queue" != "$last_queue" ] || dead_letters=$(value_of DeadLetterQueueName)
+  if [ "$(value_of CreateQueue)" = true ] && [ "$queue" = "$(value_of QueueName)" ]; then ours=true; fi
 }
 
 check_cluster() {
   local answer state providers
   answer=$(aws eks describe-cluster --name "$cluster" \
     --query 'cluster.[status,identity.oidc.issuer]' --output text 2>"$work/error") || {
-    problem "There is no cluster $cluster in $region ($(complaint)): correct --cluster or --region."
+    # The stack's own cluster may be gone already; any other name is a mistake.
+    if [ "$mode" != delete ] || [ "${last_cluster:-$cluster}" != "$cluster" ] || ! grep -q ResourceNotFound "$work/error"; then
+      problem "There is no cluster $cluster in $region ($(complaint)): correct --cluster or --region."
+    fi
     return 1
   }
   state=${answer%%$'\t'*} issuer=${answer##*$'\t'}
@@ -316,34 +319,61 @@ make_kubeconfig() {
   fi
 }
 
-check_controller() {
-  local found
+# The controller must be there, and no other deployment, whose objects would be replaced or deleted.
+check_objects() {
+  local found owner other
   command -v kubectl >/dev/null || return 0
   make_kubeconfig || {
     problem "No kubeconfig can be made for $cluster ($(complaint)): correct --cluster or --context."
     return 0
   }
-  found=$(kube get deployments.apps,ingressclasses.networking.k8s.io --all-namespaces \
-    --output 'jsonpath={range .items[*]}{.metadata.name} {.spec.controller}{"\n"}{end}' 2>"$work/error") || {
+  if ! { found=$(kube get deployments.apps,ingressclasses.networking.k8s.io --all-namespaces \
+    --output 'jsonpath={range .items[*]}{.metadata.name} {.spec.controller}{"\n"}{end}' 2>"$work/error") &&
+    owner=$(kube get serviceaccount "$name-sa" --ignore-not-found \
+      --output 'jsonpath={.metadata.annotations.eks\.amazonaws\.com/role-arn}' 2>"$work/error"); }; then
     problem "kubectl does not reach the cluster $cluster ($(complaint)): check the network, and that your role has access (aws eks list-access-entries --cluster-name $cluster)."
-    return 0
-  }
+    return
+  fi
+  read_outputs
+  other=${owner##*"$name-role"} other=${other#-}
+  if [ -n "$owner" ] && [ "${owner#*:iam::}" != "${role_arn#*:iam::}" ]; then
+    problem "The cluster $cluster belongs to ${other:+the environment }${other:-the deployment without --environment} (role $owner): give --cluster."
+  elif [ "$mode" = delete ] && [ -z "$stack_status" ] && [ -n "$environment" ] &&
+    [ -n "$(kube get namespace "$name" --ignore-not-found --output name)" ]; then
+    problem "There is no stack $stack, so the namespace $name of $cluster may be another's: correct --environment or --cluster."
+  fi
   # EKS Auto Mode brings its own controller, which no Deployment shows.
   grep -qE '^aws-load-balancer-controller |(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$' <<<"$found" ||
     [ "$mode" = delete ] ||
     problem "The cluster has no AWS Load Balancer Controller: install it (https://docs.aws.amazon.com/eks/latest/userguide/lbc-helm.html)."
 }
 
+check_certificate() {
+  local state
+  [[ $certificate_arn == arn:* ]] || return 0
+  state=$(aws acm describe-certificate --certificate-arn "$certificate_arn" \
+    --query Certificate.Status --output text 2>"$work/error") || state=$(complaint)
+  [ "$state" = ISSUED ] ||
+    problem "The certificate $certificate_arn is not ISSUED ($state): correct --certificate-arn, or wait until it is validated."
+}
+
 check_queue() {
-  local exists=yes ours
-  ours=$(value_of CreateQueue)
-  sqs get-queue-url --queue-name "$queue" >/dev/null 2>"$work/error" || exists=no
-  if [ "$exists" = yes ]; then
-    [ "$create_queue" = no ] || [ "$ours" = true ] ||
+  local url redrive
+  if url=$(sqs get-queue-url --queue-name "$queue" --query QueueUrl --output text 2>"$work/error"); then
+    [ "$create_queue" = false ] || [ "$ours" = true ] ||
       problem "The queue $queue exists already: leave out --create-queue, or give another --queue-name."
+    if [ "$ours" = true ] || [ -n "$dead_letters" ]; then
+      return
+    fi
+    redrive=$(sqs get-queue-attributes --queue-url "$url" --attribute-names RedrivePolicy \
+      --query Attributes.RedrivePolicy --output text 2>"$work/error") ||
+      problem "AWS does not show the queue $queue ($(complaint)): get the permission sqs:GetQueueAttributes."
+    dead_letters=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$redrive")
+    [ -n "$dead_letters" ] ||
+      say "note: the queue $queue has no dead-letter queue, so the alarm DeadLetterQueueNotEmpty watches nothing"
   elif ! grep -qiE 'NonExistentQueue|does not exist' "$work/error"; then
     problem "AWS does not show the queue $queue ($(complaint)): get the permission sqs:GetQueueUrl."
-  elif [ "$create_queue" = no ]; then
+  elif [ "$create_queue" = false ]; then
     problem "There is no queue $queue in $region: add --create-queue, or correct --queue-name."
   fi
 }
@@ -354,8 +384,11 @@ preflight() {
   if check_credentials; then
     check_stack
     complete_options
-    if check_cluster; then check_controller; fi
-    if [ "$mode" != delete ]; then check_queue; fi
+    if check_cluster; then check_objects; fi
+    if [ "$mode" != delete ]; then
+      check_queue
+      check_certificate
+    fi
   fi
   [ ${#problems[@]} -eq 0 ] || {
     printf '      - %s\n' "${problems[@]}" >&2
@@ -376,18 +409,58 @@ deploy_stack() {
       aws cloudformation describe-stack-events --stack-name "$stack" --output text \
         --query "StackEvents[?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" \
         2>/dev/null | head -n 10 >&2 || true
-      die "The stack $stack was not deployed, for the reasons above; CloudFormation has undone the change. Correct them and run this again."
+      die "The stack $stack was not deployed, for the reasons above. Correct them and run this again."
     }
   }
 }
 
+# Sets parameters to what the stack gets, and former to what it had. While old pods and new ones run
+# side by side, the role may use the tokens and the queues of both.
 stack_options() {
-  parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "QueueName=$queue" "DeadLetterQueueName=$dead_letters" "TokenParameterNames=$tokens")
+  local token key queues=$create_queue
+  role_tokens=$tokens former_queue=$last_queue
+  for token in ${last_tokens//,/ }; do
+    [[ ,$role_tokens, == *,$token,* ]] || role_tokens+=,$token
+  done
+  role_tokens=$(cut -d , -f -10 <<<"$role_tokens") # the template takes no more
+  [ "$former_queue" != "$queue" ] || former_queue=""
+  parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "DeadLetterQueueName=$dead_letters" "TokenParameterNames=$role_tokens")
   [ -z "$environment" ] || parameters+=("EnvironmentName=$environment")
-  [ "$create_queue" = no ] || parameters+=("CreateQueue=true")
   [ -z "$token_key_arn" ] || parameters+=("TokenKeyArn=$token_key_arn")
   [ -z "$rate_limit" ] || parameters+=("RateLimit=$rate_limit")
   [ -z "$alarm_email" ] || parameters+=("AlarmEmail=$alarm_email")
+  if [ -n "$stack_status" ]; then
+    for key in "${parameters[@]%%=*}"; do
+      former+=("$key=$(value_of "$key")")
+    done
+    # A queue that the stack once made exists still, and cannot be made again.
+    former+=("QueueName=$last_queue" "FormerQueueName=" "CreateQueue=$([ -z "$former_queue" ] && echo "$ours" || echo false)")
+  fi
+  [ "$ours" = false ] || queues=true
+  parameters+=("QueueName=$queue" "FormerQueueName=$former_queue" "CreateQueue=$queues")
+}
+
+# Gives the pods of before their ConfigMap back, or nothing if there was none.
+restore_config() {
+  [ -z "$config_before" ] || kube apply -f - <<<"$config_before" >/dev/null || true
+}
+
+# Gives them their rights back.
+restore_stack() {
+  widened=no
+  [ ${#former[@]} -gt 0 ] || return 0
+  if (deploy_stack "${former[@]}"); then
+    say "gave the stack $stack the values of the last run back"
+  fi
+}
+
+# However the run ends: also when Ctrl-C ends it.
+clean_up() {
+  if [ "$widened" = yes ]; then
+    restore_config
+    restore_stack
+  fi
+  rm -rf "$work"
 }
 
 # --- Token ------------------------------------------------------------------------------------------
@@ -500,7 +573,7 @@ render() {
   local part=$1 file expressions=(
     -e "s|https://sqs\.us-west-1\.amazonaws\.com/ACCOUNT_ID/dev-CP-queue|$queue_url|g"
     -e "s|arn:aws:iam::ACCOUNT_ID:role/email-processor-role|$role_arn|g"
-    -e "s|image: IMAGE|image: $image|"
+    -e "s|image: IMAGE|image: $image|" -e "s|CONFIG_CHECKSUM|$config_checksum|"
     -e "s|ACCOUNT_ID|$account|g" -e "s|us-west-1|$region|g"
   )
   if [ -n "$certificate_arn" ]; then
@@ -515,6 +588,7 @@ render() {
   fi
   # The ALB's readiness gate goes only into pods that come after Service and Ingress.
   case $part in
+    config) cat "$manifests_folder/configmap.yaml" ;;
     before)
       for file in namespace configmap serviceaccount networkpolicy; do
         cat "$manifests_folder/$file.yaml"
@@ -537,20 +611,21 @@ render() {
 # Sets before and after to the rendered manifests, to apply in this order.
 render_all() {
   local newline=$'\n'
+  config_checksum=$(render config | sed '1,/^data:/d' | git hash-object --stdin)
   before=$(render before) after=$(render after)
   # The manifests leave the variable at its default.
   [ "$tokens" = "$default_token" ] ||
     after=${after/"          env:$newline"/"          env:$newline            - name: TOKEN_SSM_PARAMETER$newline              value: $tokens$newline"}
-  ! grep -qE '(^|[^A-Z_])(ACCOUNT_ID|IMAGE|CERTIFICATE_ARN|WEB_ACL_ARN)($|[^A-Z_])' <<<"$before$after" ||
+  ! grep -qE '(^|[^A-Z_])(ACCOUNT_ID|IMAGE|CERTIFICATE_ARN|WEB_ACL_ARN|CONFIG_CHECKSUM)($|[^A-Z_])' <<<"$before$after" ||
     die "A placeholder is left in the manifests of $manifests_folder/. Restore them: git checkout $manifests_folder."
 }
 
 apply() {
-  local applied
-  applied=$(kube apply -f - <<<"$1" 2>"$work/error") || {
-    cat "$work/error" >&2
+  local applied complete=yes
+  applied=$(kube apply -f - <<<"$1" 2>"$work/error") || complete=no
+  cat "$work/error" >&2 # warnings, too
+  [ "$complete" = yes ] ||
     die "The manifests were not all applied, for the reasons above. Correct them and run this again."
-  }
   changes+=$applied$'\n'
   grep -v ' unchanged$' <<<"$applied" | sed 's/^/      /' || true
 }
@@ -575,17 +650,14 @@ apply_manifests() {
   find_certificate ||
     die "kubectl does not show the Ingress ($(complaint)). Give --certificate-arn (none for HTTP) and run this again."
   render_all
-  revision_before=$(revision)
+  revision_before=$(revision 2>"$work/error") ||
+    die "kubectl does not show the Deployment ($(complaint)). Get access to the namespace $name and run this again."
   config_before=$(kube apply view-last-applied configmap "$name-config" --output json 2>/dev/null) || config_before=""
+  deployment_before=$(kube apply view-last-applied deployment "$name" --output json 2>/dev/null) || deployment_before=""
   apply "$before"
   wait_for_binding
+  widened=no # from here on, new pods may have begun to use what is new
   apply "$after"
-  # Pods read the ConfigMap only when they start.
-  if [[ $changes == *"configmap/$name-config configured"* && $changes == *"deployment.apps/$name unchanged"* ]]; then
-    quietly kube rollout restart "deployment/$name" ||
-      die "The pods were not restarted with their new settings. Run kubectl --namespace $name rollout restart deployment/$name."
-    say "deployment.apps/$name restarted for its new settings"
-  fi
   if ! grep -qv ' unchanged$' <<<"${changes%$'\n'}"; then say "nothing to change"; fi
 }
 
@@ -608,25 +680,34 @@ show_reasons() {
   } >&2
 }
 
+# It ends when for progressDeadlineSeconds nothing has gone on. A limit to the whole would undo the
+# healthy roll-out of many pods.
 rollout_status() {
-  kube rollout status "deployment/$name" --timeout "${timeout}s" 2>&1 | sed 's/^/      /'
+  kube rollout status "deployment/$name" 2>&1 | sed 's/^/      /'
+}
+
+# Takes from the role what only the pods of before used.
+narrow_stack() {
+  deploy_stack "TokenParameterNames=$tokens" "FormerQueueName=" "$@"
 }
 
 wait_for_rollout() {
   ! rollout_status || return 0
   show_reasons
   if [ -z "$revision_before" ]; then
+    narrow_stack
     die "The roll-out failed, for the reasons above. It was the first one, so there is nothing to go back to. Correct them and run this again."
   elif [ "$(revision)" = "$revision_before" ]; then
     die "The service does not run, for the reasons above, though this run has not changed its pods. Correct them and run this again."
   fi
-  if [ -n "$config_before" ]; then
-    kube apply -f - <<<"$config_before" >/dev/null || true
-  fi
+  restore_config
+  # The undone manifest is applied, too: kubectl compares the next one with the last that it applied.
   if ! { quietly kube rollout undo "deployment/$name" --to-revision "$revision_before" &&
+    { [ -z "$deployment_before" ] || quietly kube apply -f - <<<"$deployment_before"; } &&
     rollout_status; }; then
     die "The roll-out failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
   fi
+  restore_stack
   die "The roll-out failed, for the reasons above, and was undone: revision $revision_before serves again. Correct them and run this again."
 }
 
@@ -637,26 +718,33 @@ wait_for_alb() {
   while true; do
     host=$(kube get ingress "$name-ingress" --output 'jsonpath={.status.loadBalancer.ingress[0].hostname}' 2>"$work/error") || host=""
     [ -z "$host" ] || return 0
-    [ "$SECONDS" -lt "$end" ] || break
+    [ "$SECONDS" -lt "$end" ] || return 1
     say "not there yet ($((end - SECONDS)) s left)"
     sleep 5
   done
-  kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true
-  die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
 }
 
 # The alarms on the ALB name it, so they are made when it is known.
-watch_alb() {
-  local balancer group
-  balancer=$(aws elbv2 describe-load-balancers --output text \
+finish_stack() {
+  local balancer="" group=""
+  if [ "$role_tokens" != "$tokens" ] || [ -n "$former_queue" ]; then
+    say "wait until the pods of before have stopped, and take their rights away"
+    sleep 45 # terminationGracePeriodSeconds
+  fi
+  [ -z "$host" ] || balancer=$(aws elbv2 describe-load-balancers --output text \
     --query "LoadBalancers[?DNSName=='$host'].LoadBalancerArn" 2>"$work/error") || balancer=""
   [ -z "$balancer" ] || group=$(aws elbv2 describe-target-groups --load-balancer-arn "$balancer" --output text \
     --query 'TargetGroups[0].TargetGroupArn' 2>"$work/error") || group=""
-  if [[ ${balancer:-} != arn:* || ${group:-} != arn:* ]]; then
-    echo "deploy.sh: warning: AWS does not show the load balancer $host yet, so its alarms are not made. Run this again in a minute." >&2
+  if [[ $group == arn:* ]]; then
+    narrow_stack "LoadBalancerFullName=${balancer#*:loadbalancer/}" "TargetGroupFullName=${group##*:}"
     return
   fi
-  deploy_stack "LoadBalancerFullName=${balancer#*:loadbalancer/}" "TargetGroupFullName=${group##*:}"
+  narrow_stack
+  if [ -z "$host" ]; then
+    kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true
+    die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
+  fi
+  echo "deploy.sh: warning: AWS does not show the load balancer $host yet, so its alarms are not made. Run this again in a minute." >&2
 }
 
 # --- What can be done -------------------------------------------------------------------------------
@@ -668,6 +756,7 @@ deploy() {
   step "deploy the stack $stack"
   stack_options
   deploy_stack "${parameters[@]}"
+  widened=yes
   read_stack || die "AWS does not show the stack $stack ($(complaint)). Run this again."
   read_outputs
   step "make the token parameter, if there is none"
@@ -679,8 +768,8 @@ deploy() {
   step "wait for the roll-out"
   wait_for_rollout
   step "wait for the ALB, and make its alarms"
-  wait_for_alb
-  watch_alb
+  wait_for_alb || true
+  finish_stack
   local url=http://$host
   [ -z "$certificate_arn" ] || url=https://$host
   echo "Deployed in $SECONDS s: $url"
@@ -703,8 +792,8 @@ dry_run() {
   step "would build and push $repository:$tag, unless the registry has it"
   find_certificate || true
   step "would apply the manifests of $manifests_folder/ to $cluster, with ${certificate_arn:-no certificate}; --render prints them"
-  step "would wait up to $timeout s for the roll-out, and undo it if it fails"
-  step "would wait for the ALB, and make its alarms"
+  step "would wait for the roll-out, and undo it if it fails"
+  step "would wait up to $timeout s for the ALB, and make its alarms"
   echo "Nothing was changed."
 }
 
@@ -714,7 +803,8 @@ print_manifests() {
   if ! { command -v git >/dev/null && find_tag; }; then
     die "The image's tag is the commit, and git does not tell it. Render in a git clone."
   fi
-  if ! { command -v aws >/dev/null && read_stack && [ -n "$stack_status" ]; }; then
+  if ! { check_credentials && read_stack && [ -n "$stack_status" ]; }; then
+    [ "${of:-$account}" = "$account" ] || die "${problems[0]}"
     stack_values=""
     echo "deploy.sh: note: there is no stack $stack to ask, so names are those of a first run, without a web ACL." >&2
   fi
@@ -726,6 +816,8 @@ print_manifests() {
     echo "deploy.sh: note: the image is not pushed from here yet, so it is named by its tag." >&2
   fi
   if [ -z "$certificate_arn" ] && ! { command -v kubectl >/dev/null && make_kubeconfig && find_certificate; }; then
+    [ -z "$stack_status" ] ||
+      die "The cluster $cluster does not tell its certificate, without which tokens might travel in clear text. Correct --cluster or --context, or give --certificate-arn (none for HTTP)."
     echo "deploy.sh: note: the cluster cannot be asked for its certificate, so this is plain HTTP; give --certificate-arn for HTTPS." >&2
   fi
   [ "$certificate_arn" != none ] || certificate_arn=""
@@ -740,7 +832,9 @@ delete_all() {
   preflight
   step "delete the Ingress, with its ALB, and the namespace $name"
   # The controller must remove the ALB before the namespace, with which its finalizer would wait.
-  if ! { quietly kube delete ingress "$name-ingress" --ignore-not-found --timeout "${timeout}s" &&
+  if [ -z "$issuer" ]; then
+    say "there is no cluster $cluster any more; see whether it has left an ALB behind"
+  elif ! { quietly kube delete ingress "$name-ingress" --ignore-not-found --timeout "${timeout}s" &&
     quietly kube delete namespace "$name" --ignore-not-found --timeout "${timeout}s"; }; then
     die "Not all was deleted from the cluster, for the reasons above. See the log of the load balancer controller, and run this again."
   fi
@@ -778,20 +872,21 @@ delete_all() {
   echo "Deleted."
 }
 
-mode=deploy delete_queues=no create_queue=no
+mode=deploy delete_queues=no create_queue=false ours=false
 region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" dead_letter_queue=""
 certificate_arn="" token_parameter="" token_key_arn="" rate_limit="" alarm_email="" platform=linux/amd64 timeout=300
 read_arguments "$@"
 check_arguments
 stack=$name${environment:+-$environment}
-number=0 steps=0 problems=() parameters=() changes="" tag="" image="" issuer="" stack_values=""
+number=0 steps=0 problems=() parameters=() former=() widened=no changes="" tag="" image="" issuer="" of="" config_checksum=""
+stack_status="" stack_values="" config_before="" deployment_before=""
 
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER=""
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap clean_up EXIT
 
 case $mode in
   deploy) deploy ;;

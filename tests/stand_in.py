@@ -1,4 +1,4 @@
-"""What deploy.sh calls as `docker` and `kubectl` in the tests, `stand_in.py TOOL ARGUMENT...`.
+"""What deploy.sh calls as `docker`, `kubectl` and `sleep`: `stand_in.py TOOL ARGUMENT...`.
 
 It records every call and keeps state.
 
@@ -23,8 +23,11 @@ CLUSTER_SCOPED = ("Namespace",)
 
 def docker(state: dict[str, Any], arguments: list[str]) -> str:
     match arguments:
-        case ["info"] | ["buildx", "version"] | ["login", *_]:
+        case ["info"] | ["login", *_]:
             return ""
+        case ["buildx", "version"]:
+            if not state["buildx"]:
+                sys.exit("docker: 'buildx' is not a docker command.")
         case ["pull", *_, reference]:
             if reference not in state["pushed"]:
                 sys.exit(f"Error response from daemon: manifest for {reference} not found")
@@ -50,6 +53,8 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
         arguments = arguments[2:]
     objects, output = state["objects"], arguments[-1]
     deployment = objects.get("deployment.apps/email-processor", {})
+    if arguments[:2] == ["get", state["unreadable"]]:
+        sys.exit("Error from server (Forbidden)")
     match arguments:
         case ["config", "view", *_]:
             return "apiVersion: v1\nkind: Config\n"
@@ -59,6 +64,12 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             ingress = objects.get("ingress.networking.k8s.io/email-processor-ingress", {})
             annotations = ingress.get("metadata", {}).get("annotations", {})
             return str(annotations.get("alb.ingress.kubernetes.io/certificate-arn", ""))
+        case ["get", "serviceaccount", name, "--ignore-not-found", *_]:
+            account = objects.get(f"serviceaccount/{name}", {})
+            annotations = account.get("metadata", {}).get("annotations", {})
+            return str(annotations.get("eks.amazonaws.com/role-arn", ""))
+        case ["get", "namespace", name, "--ignore-not-found", *_]:
+            return f"namespace/{name}\n" if f"namespace/{name}" in objects else ""
         case ["get", "ingress", _, *_] if "hostname" in output:
             return str(state["hostname"])
         case ["get", "deployment", _, *_]:
@@ -69,12 +80,14 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             return f"{kind}: Back-off pulling image\n"
         case ["logs", *_]:
             return "AWS_REGION must be a region\n"
-        case ["apply", "view-last-applied", "configmap", name, *_]:
-            return json.dumps(objects[f"configmap/{name}"])
+        case ["apply", "view-last-applied", kind, name, *_]:
+            identity = f"{kind.replace('deployment', 'deployment.apps')}/{name}"
+            if identity not in state["last_applied"]:
+                sys.exit(f'error: no last-applied configuration of "{name}"')
+            return json.dumps(state["last_applied"][identity])
         case ["apply", "-f", "-"]:
+            sys.stderr.write(state["warning"])
             return "".join(apply(state, manifest) for manifest in yaml.safe_load_all(text))
-        case ["rollout", "restart", _]:
-            state["revisions"].append(deployment)
         case ["rollout", "status", *_]:
             if deployment.get("spec") in state["broken"]:
                 sys.exit("error: deployment exceeded its progress deadline")
@@ -83,6 +96,7 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             objects["deployment.apps/email-processor"] = state["revisions"][int(number) - 1]
         case ["delete", *_]:
             objects.clear()
+            state["last_applied"].clear()
         case _:
             sys.exit(f"unknown command {arguments}")
     return ""
@@ -95,11 +109,11 @@ def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
     if manifest["kind"] not in CLUSTER_SCOPED:
         namespace = f"namespace/{metadata['namespace']}"
         assert namespace in state["objects"], f"{identity} comes before {namespace}"
-    before = state["objects"].get(identity)
-    if before == manifest:
+    before, last = (state[found].get(identity) for found in ("objects", "last_applied"))
+    if before == last == manifest:
         return f"{identity} unchanged\n"
-    state["objects"][identity] = manifest
-    if kind == "deployment":
+    state["objects"][identity] = state["last_applied"][identity] = manifest
+    if kind == "deployment" and (before or {}).get("spec") != manifest["spec"]:
         state["revisions"].append(manifest)
         if state["rollout_fails"]:
             state["broken"].append(manifest["spec"])
@@ -115,8 +129,11 @@ def main() -> None:
         calls.write(json.dumps(call) + "\n")
     path = FOLDER / "state.json"
     state = json.loads(path.read_text())
-    output = docker(state, arguments) if tool == "docker" else kubectl(state, arguments, text)
-    sys.stdout.write(output)
+    match tool:
+        case "docker":
+            sys.stdout.write(docker(state, arguments))
+        case "kubectl":
+            sys.stdout.write(kubectl(state, arguments, text))
     path.write_text(json.dumps(state))
 
 

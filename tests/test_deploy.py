@@ -15,7 +15,8 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ CLUSTER = "dev-CP-EKS-CLUSTER"
 PARAMETER = "/email-service/api-token"
 TOKEN = "$DJISA<$#45ex \"3Rt\\Yr' é\N{GRINNING FACE}"
 CERTIFICATE = f"arn:aws:acm:{REGION}:{ACCOUNT}:certificate/1a-2b"
+ROLE = f"arn:aws:iam::{ACCOUNT}:role/email-processor-role"
+CONFIG = "configmap/email-processor-config"
+DEPLOYMENT = "deployment.apps/email-processor"
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +49,10 @@ def emulator() -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    # Certificates are issued at once.
+    variables = environment(MOTO_ACM_VALIDATION_WAIT="0")
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
             eventually(lambda: answers(f"{url}/moto-api/"))
@@ -63,20 +69,28 @@ def answers(url: str) -> bool:
         return False
 
 
+@cache
+def client(service: str, url: str) -> Any:
+    return boto3.client(
+        service,
+        region_name=REGION,
+        endpoint_url=url,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+    )
+
+
 @dataclass
 class World:
     """An AWS account with a cluster, and a machine with docker and kubectl."""
 
     emulator: str
     folder: Path
-    session: boto3.Session = field(
-        default_factory=lambda: boto3.Session("test", "test", region_name=REGION)
-    )
 
     def __post_init__(self) -> None:
         request = urllib.request.Request(f"{self.emulator}/moto-api/reset", method="POST")
         urllib.request.urlopen(request).close()
-        for tool in ("docker", "kubectl"):
+        for tool in ("docker", "kubectl", "sleep"):
             stand_in = [sys.executable, str(PROJECT / "tests" / "stand_in.py"), tool]
             executable(self.folder / "bin" / tool, f'#!/bin/sh\nexec {shlex.join(stand_in)} "$@"\n')
         (self.folder / "calls.jsonl").touch()
@@ -84,14 +98,19 @@ class World:
         eks.create_cluster(
             name=CLUSTER, roleArn=f"arn:aws:iam::{ACCOUNT}:role/eks", resourcesVpcConfig={}
         )
-        issuer = eks.describe_cluster(name=CLUSTER)["cluster"]["identity"]["oidc"]["issuer"]
-        self.client("iam").create_open_id_connect_provider(Url=issuer, ThumbprintList=[])
+        cluster = eks.describe_cluster(name=CLUSTER)["cluster"]
+        self.issuer = str(cluster["identity"]["oidc"]["issuer"])
+        self.client("iam").create_open_id_connect_provider(Url=self.issuer, ThumbprintList=[])
         self.queue_url = self.client("sqs").create_queue(QueueName="dev-CP-queue")["QueueUrl"]
         self.set(
+            buildx=True,
             pushed=[],
             built=[],
             build_fails=False,
+            unreadable="",
+            warning="",
             objects={},
+            last_applied={},
             revisions=[],
             broken=[],
             rollout_fails=False,
@@ -118,7 +137,7 @@ class World:
         return str(balancer["DNSName"])
 
     def client(self, service: str) -> Any:
-        return self.session.client(service, endpoint_url=self.emulator)
+        return client(service, self.emulator)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -128,6 +147,41 @@ class World:
         path = self.folder / "state.json"
         before = self.state if path.exists() else {}
         path.write_text(json.dumps({**before, **changes}))
+
+    def answer(self, **answers: str) -> None:
+        """What these commands of AWS print from now on.
+
+        So do those with which every run begins and ends, which saves time where they do not matter.
+        """
+        usual = {
+            "sts_get_caller_identity": ACCOUNT,
+            "eks_describe_cluster": f"ACTIVE\t{self.issuer}",
+            "eks_update_kubeconfig": "",
+            "iam_list_open_id_connect_providers": f":oidc-provider/{self.issuer[8:]}",
+            "ecr_get_login_password": "password",
+            "elbv2_describe_load_balancers": "arn:aws:elasticloadbalancing:loadbalancer/app/a/1",
+            "elbv2_describe_target_groups": "arn:aws:elasticloadbalancing:targetgroup/b/2",
+        }
+        cases = ""
+        for command, text in {**usual, **answers}.items():
+            words = command.replace("_", " ", 1).replace("_", "-")
+            cases += f"'{words}') printf %s {shlex.quote(text)} ;;\n"
+        executable(
+            self.folder / "bin" / "aws",
+            f'#!/bin/sh\necho "$@" >>{self.folder}/aws\n'
+            f'case "$1 $2" in\n{cases}*) exec {shutil.which("aws")} "$@" ;;\nesac\n',
+        )
+
+    def answered(self, command: str) -> list[str]:
+        """The calls of this command of AWS."""
+        lines = (self.folder / "aws").read_text().splitlines()
+        return [line for line in lines if line.startswith(command)]
+
+    def runs_deployment(self, role: str) -> None:
+        """The cluster has one already, with this role."""
+        account = {"metadata": {"annotations": {"eks.amazonaws.com/role-arn": role}}}
+        names = ("namespace/email-processor", "serviceaccount/email-processor-sa")
+        self.set(objects=dict(zip(names, ({}, account), strict=True)))
 
     def calls(self, tool: str = "") -> list[dict[str, Any]]:
         lines = (self.folder / "calls.jsonl").read_text().splitlines()
@@ -183,6 +237,18 @@ class World:
             for parameter in stack["Parameters"]
         }
 
+    def given_to_the_stack(self, *names: str) -> list[tuple[str, ...]]:
+        """The values of these parameters in each deployment of the stack, the newest last."""
+        cloudformation = self.client("cloudformation")
+        found = []
+        for change_set in cloudformation.list_change_sets(StackName="email-processor")["Summaries"]:
+            values = cloudformation.describe_change_set(
+                StackName="email-processor", ChangeSetName=change_set["ChangeSetId"]
+            )["Parameters"]
+            given = {value["ParameterKey"]: value.get("ParameterValue", "") for value in values}
+            found.append(tuple(given[name] for name in names))
+        return found
+
     def token(self, name: str = PARAMETER) -> dict[str, Any]:
         answer = self.client("ssm").get_parameter(Name=name, WithDecryption=True)
         return dict(answer["Parameter"])
@@ -209,11 +275,6 @@ class World:
 @pytest.fixture
 def world(emulator: str, tmp_path: Path) -> World:
     return World(emulator, tmp_path)
-
-
-def git_status() -> str:
-    command = ["git", "--no-optional-locks", "status", "--porcelain"]
-    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -254,6 +315,9 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     url = f"http://{world.state['hostname']}"
     assert re.fullmatch(rf"Deployed in \d+ s: {url}", result.stdout.splitlines()[-1])
     assert world.verbs("docker").count("build") == world.verbs("docker").count("push") == 1
+    # It has no limit but progressDeadlineSeconds.
+    (wait,) = [c["arguments"][4:] for c in world.calls("kubectl") if "rollout" in c["arguments"]]
+    assert wait == ["rollout", "status", DEPLOYMENT.replace(".apps", "")]
     assert (world.token()["Type"], world.token()["Value"]) == ("SecureString", TOKEN)
 
     # The token is in no argument, no variable, no output, and not in the shell's trace.
@@ -292,14 +356,47 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     assert git(PROJECT, "status", "--porcelain") == status
 
 
-def test_options_reach_stack_and_manifests_and_are_kept_by_what_follows(world: World) -> None:
+OUTPUTS = {
+    "RepositoryUri": f"{REGISTRY}/theirs",
+    "RoleArn": f"arn:aws:iam::{ACCOUNT}:role/theirs",
+    "QueueUrl": f"https://sqs.{REGION}.amazonaws.com/{ACCOUNT}/theirs",
+    "WebAclArn": f"arn:aws:wafv2:{REGION}:{ACCOUNT}:regional/webacl/theirs/1f-2e",
+}
+
+
+def make_stack_with_other_outputs(world: World) -> None:
+    """The emulator gives a stack its outputs only when it is not made by a change set."""
+    template = {
+        "Resources": {"Topic": {"Type": "AWS::SNS::Topic"}},
+        "Outputs": {name: {"Value": value} for name, value in OUTPUTS.items()},
+    }
+    world.client("cloudformation").create_stack(
+        StackName="email-processor", TemplateBody=json.dumps(template)
+    )
+
+
+def test_options_and_outputs_reach_the_manifests_and_are_kept_by_what_follows(world: World) -> None:
+    world.answer()
+    make_stack_with_other_outputs(world)
+    acm, sqs = world.client("acm"), world.client("sqs")
+    certificate = acm.request_certificate(DomainName="email.example.com")["CertificateArn"]
+    sqs.create_queue(QueueName="dead-letters")
+    redrive = {
+        "deadLetterTargetArn": f"arn:aws:sqs:{REGION}:{ACCOUNT}:dead-letters",
+        "maxReceiveCount": 5,
+    }
+    sqs.set_queue_attributes(
+        QueueUrl=world.queue_url, Attributes={"RedrivePolicy": json.dumps(redrive)}
+    )
     names = "/team/a,/team/b"
     world.client("ssm").put_parameter(Name="/team/b", Value="theirs", Type="SecureString")
+    not_kept = ("--platform", "linux/arm64", "--context", "mine")
     output = world.deploy(
-        *("--certificate-arn", CERTIFICATE, "--token-parameter", names),
-        *("--alarm-email", "on-call@example.com", "--rate-limit", "500"),
+        *("--certificate-arn", certificate, "--token-parameter", names),
+        *("--alarm-email", "on-call@example.com", "--rate-limit", "500", *not_kept),
     )
     assert "keep /team/b" in output
+    assert "dead-letter queue" not in output
     assert output.splitlines()[-2].endswith(f": https://{world.state['hostname']}")
     expected = {
         "TokenParameterNames": names,
@@ -307,33 +404,59 @@ def test_options_reach_stack_and_manifests_and_are_kept_by_what_follows(world: W
         "RateLimit": "500",
         "ClusterName": CLUSTER,
         "QueueName": "dev-CP-queue",
+        "DeadLetterQueueName": "dead-letters",
     }
     assert world.stack().items() >= expected.items()
+    (build,) = [c["arguments"] for c in world.calls("docker") if c["arguments"][0] == "build"]
+    assert build[build.index("--platform") + 1] == "linux/arm64"
+    assert re.fullmatch(r"[\w./-]+:[0-9a-f]{12}(-dirty-[0-9a-f]{12})?-arm64", build[-2])
+    (view,) = [c["arguments"] for c in world.calls("kubectl") if c["arguments"][0] == "config"]
+    assert view[view.index("--context") + 1] == "mine"
+
     before, after = world.applied()
-    (ingress,) = [each for each in before if each["kind"] == "Ingress"]
-    annotations = ingress["metadata"]["annotations"]
-    assert annotations["alb.ingress.kubernetes.io/certificate-arn"] == CERTIFICATE
+    manifests = {each["kind"]: each for each in before}
+    annotations = manifests["Ingress"]["metadata"]["annotations"]
+    assert annotations["alb.ingress.kubernetes.io/certificate-arn"] == certificate
+    assert annotations["alb.ingress.kubernetes.io/wafv2-acl-arn"] == OUTPUTS["WebAclArn"]
+    assert manifests["ServiceAccount"]["metadata"]["annotations"] == {
+        "eks.amazonaws.com/role-arn": OUTPUTS["RoleArn"]
+    }
+    assert manifests["ConfigMap"]["data"]["sqs_queue_url"] == OUTPUTS["QueueUrl"]
+    assert container(after)["image"] == world.digest_of(OUTPUTS["RepositoryUri"])
     assert {"name": "TOKEN_SSM_PARAMETER", "value": names} in container(after)["env"]
 
-    assert list(yaml.safe_load_all(world.deploy("--render"))) == before + after
+    assert list(yaml.safe_load_all(world.deploy("--render", *not_kept))) == before + after
     assert "apply" not in world.verbs("kubectl")
 
-    world.deploy("--delete")
+    # Deleting is possible when the cluster has gone before, but not with a wrong one.
+    (world.folder / "bin" / "aws").unlink()
+    world.client("eks").delete_cluster(name=CLUSTER)
+    result = world.run("--delete", "--cluster", "other")
+    assert "There is no cluster other in us-west-1" in result.stderr
+    assert world.stack()
+    assert f"there is no cluster {CLUSTER} any more" in world.deploy("--delete")
+    assert world.stack() == {}
+    assert world.calls("kubectl") == []
     assert world.token("/team/b")["Value"] == "theirs", "it was not made here"
 
 
-def test_queue_is_made_on_request_and_outlives_the_rest(world: World) -> None:
+def test_environment_has_what_is_its_own_and_its_queue_outlives_it(world: World) -> None:
+    world.answer()
+    world.client("ssm").put_parameter(Name=PARAMETER, Value="production's", Type="SecureString")
     names = ("--queue-name", "new", "--environment", "test")
     output = world.deploy(*names, "--create-queue")
-    made_up = world.token()["Value"]
+    parameter = "/email-service/test/api-token"
+    made_up = world.token(parameter)["Value"]
     assert re.fullmatch(r"[A-Za-z0-9_-]{43}", made_up)
     assert made_up not in output
-    assert f"--name {PARAMETER}" in output
+    assert f"--name {parameter}" in output
     assert world.queues() == {"dev-CP-queue", "new", "new-dlq"}
     (stack,) = world.client("cloudformation").describe_stacks()["Stacks"]
     assert stack["StackName"] == "email-processor-test"
-    (config,) = [m for part in world.applied() for m in part if m["kind"] == "ConfigMap"]
+    manifests = [manifest for part in world.applied() for manifest in part]
+    (config,) = [m for m in manifests if m["kind"] == "ConfigMap"]
     assert config["data"]["sqs_queue_url"].endswith(f"/{ACCOUNT}/new")
+    assert {"name": "TOKEN_SSM_PARAMETER", "value": parameter} in container(manifests)["env"]
 
     output = world.deploy(*names, "--delete")
     deleted = [c["arguments"][4:7] for c in world.calls("kubectl") if "delete" in c["arguments"]]
@@ -342,15 +465,24 @@ def test_queue_is_made_on_request_and_outlives_the_rest(world: World) -> None:
         ["delete", "namespace", "email-processor"],
     ]
     assert world.stack() == {}
-    assert f"deleted {PARAMETER}" in output
-    assert world.client("ssm").describe_parameters()["Parameters"] == []
+    assert f"deleted {parameter}" in output
+    (kept,) = world.client("ssm").describe_parameters()["Parameters"]
+    assert kept["Name"] == PARAMETER
     assert re.search(r"kept \S+/new with its messages; to delete it: aws sqs delete-queue", output)
     assert world.deploy(*names, "--delete").endswith("there is none\nDeleted.\n")
 
 
-def test_queues_are_deleted_on_a_further_word_alone(world: World) -> None:
-    world.set(build_fails=True)  # after the stack
-    assert world.run("--queue-name", "new", "--create-queue").returncode == 1
+def test_failed_first_roll_out_leaves_what_delete_queues_removes(world: World) -> None:
+    world.answer()
+    world.set(rollout_fails=True)
+    key = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1a-2b"
+    result = world.run("--queue-name", "new", "--create-queue", "--token-key-arn", key)
+    assert result.returncode == 1
+    assert "there is nothing to go back to" in result.stderr.splitlines()[-1]
+    assert not [call for call in world.calls("kubectl") if "undo" in call["arguments"]]
+    assert world.stack()["TokenKeyArn"] == key
+    (parameter,) = world.client("ssm").describe_parameters()["Parameters"]
+    assert parameter["KeyId"] == key
     assert world.queues() == {"dev-CP-queue", "new", "new-dlq"}
     world.deploy("--delete", "--delete-queues")
     assert world.queues() == {"dev-CP-queue"}
@@ -373,7 +505,6 @@ def test_deployment_by_hand_applies_the_same_manifests(world: World, clean_check
 
 def assert_nothing_was_changed(world: World) -> None:
     assert world.stack() == {}
-    assert world.state["objects"] == {}
     assert not {"build", "push", "login"} & set(world.verbs("docker"))
     assert not {"apply", "delete", "rollout"} & set(world.verbs("kubectl"))
     assert world.client("ssm").describe_parameters()["Parameters"] == []
@@ -386,36 +517,98 @@ def test_all_problems_are_listed_at_once_and_nothing_is_changed(world: World) ->
         ][0]["Arn"]
     )
     world.client("sqs").delete_queue(QueueUrl=world.queue_url)
-    world.set(controllers=["coredns"])
-    result = world.run()
+    world.set(controllers=["coredns"], buildx=False)
+    world.runs_deployment(f"{ROLE}-test")
+    result = world.run("--certificate-arn", CERTIFICATE)
     assert result.returncode == 1
     *problems, summary = result.stderr.splitlines()
-    assert [
-        word
-        for problem, word in zip(
-            problems, ["OIDC provider", "AWS Load Balancer Controller", "dev-CP-queue"], strict=True
-        )
-        if word in problem
-    ] == ["OIDC provider", "AWS Load Balancer Controller", "dev-CP-queue"]
-    assert summary.startswith("deploy.sh: 3 problem(s)")
+    expected = [
+        "docker has no buildx",
+        "OIDC provider",
+        f"The cluster {CLUSTER} belongs to the environment test (role {ROLE}-test): give --cluster",
+        "AWS Load Balancer Controller",
+        "There is no queue dev-CP-queue",
+        f"The certificate {CERTIFICATE} is not ISSUED (An error occurred (ResourceNotFound",
+    ]
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem
+    assert summary.startswith("deploy.sh: 6 problem(s)")
     assert_nothing_was_changed(world)
 
 
 @pytest.mark.parametrize(
-    ("options", "account", "problem"),
+    ("options", "problems"),
     [
-        (["--cluster", "other"], ACCOUNT, "There is no cluster other in us-west-1"),
-        ([], "999999999999", f"The AWS credentials are of account {ACCOUNT}, not 999999999999"),
-        (["--region", "eu-west-1"], ACCOUNT, f"The registry {REGISTRY} is not the one of account"),
-        (["--queue-name", "dev-CP-queue", "--create-queue"], ACCOUNT, "exists already"),
+        (["--region", "eu-west-1"], [f"The registry {REGISTRY} is not the one of account"]),
+        (
+            ["--cluster", "other", "--create-queue"],
+            ["There is no cluster other in us-west-1", "The queue dev-CP-queue exists already"],
+        ),
+        (
+            ["--environment", "tset", "--delete"],
+            ["belongs to the deployment without --environment"],
+        ),
     ],
 )
-def test_preflight_refuses(world: World, options: list[str], account: str, problem: str) -> None:
-    result = world.run(*options, account=account)
+def test_preflight_refuses(world: World, options: list[str], problems: list[str]) -> None:
+    world.runs_deployment(ROLE)
+    result = world.run(*options)
     assert result.returncode == 1
-    assert problem in result.stderr
+    for problem in problems:
+        assert problem in result.stderr
     assert "nothing was changed" in result.stderr
     assert_nothing_was_changed(world)
+
+
+@pytest.mark.parametrize("mode", ["--dry-run", "--render"])
+def test_wrong_account_is_refused(world: World, mode: str) -> None:
+    result = world.run(mode, account="999999999999")
+    assert (result.returncode, "image:" in result.stdout) == (1, False)
+    assert f"The AWS credentials are of account {ACCOUNT}, not 999999999999" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "option", "problem"),
+    [
+        ("ROLLBACK_COMPLETE", "--dry-run", "deploy.sh --delete"),
+        ("UPDATE_ROLLBACK_FAILED", "--dry-run", "continue-update-rollback --region us-west-1 "),
+        ("UPDATE_IN_PROGRESS", "--delete", "wait until the other deployment has ended"),
+    ],
+)
+def test_stack_that_cannot_be_changed_is_refused(
+    world: World, state: str, option: str, problem: str
+) -> None:
+    world.answer(
+        cloudformation_describe_stacks=state,
+        eks_describe_cluster=f"CREATING\t{world.issuer}",
+        acm_describe_certificate="PENDING_VALIDATION",
+    )
+    result = world.run(option, "--certificate-arn", CERTIFICATE)
+    assert result.returncode == 1
+    stack, cluster, *certificate, _ = result.stderr.splitlines()
+    assert f"The stack email-processor is in state {state}" in stack
+    assert problem in stack
+    assert "in state CREATING: wait until it is ACTIVE" in cluster
+    assert [line for line in certificate if "is not ISSUED (PENDING_VALIDATION)" not in line] == []
+    assert bool(certificate) == (option == "--dry-run")
+    assert_nothing_was_changed(world)
+
+
+def test_namespace_of_an_environment_without_a_stack_is_not_deleted(world: World) -> None:
+    world.answer()
+    world.runs_deployment("")
+    result = world.run("--environment", "tset", "--delete")
+    assert result.returncode == 1
+    assert "There is no stack email-processor-tset" in result.stderr
+    assert "delete" not in world.verbs("kubectl")
+
+
+def test_endpoint_that_cannot_be_reached_is_told_from_missing_credentials(world: World) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    result = world.run("--dry-run", AWS_ENDPOINT_URL=url, AWS_MAX_ATTEMPTS="1")
+    assert result.returncode == 1
+    assert "AWS does not say whose the credentials are (Could not connect" in result.stderr
+    assert "check the network and AWS_ENDPOINT_URL" in result.stderr
 
 
 def test_missing_tools_are_named_together(world: World, tmp_path: Path) -> None:
@@ -427,68 +620,130 @@ def test_missing_tools_are_named_together(world: World, tmp_path: Path) -> None:
     assert_nothing_was_changed(world)
 
 
-def test_new_settings_restart_the_pods_and_a_failed_roll_out_is_undone(world: World) -> None:
-    world.deploy()
-    config = "configmap/email-processor-config"
-    old = {**world.state["objects"][config], "data": {"sqs_queue_url": "https://sqs/old"}}
+def test_old_pods_keep_their_rights_until_new_ones_serve_and_get_everything_back_otherwise(
+    world: World,
+) -> None:
+    world.answer(ssm_get_parameter="SecureString")
+    world.deploy("--queue-name", "old", "--create-queue")
+    good = world.state
+    checksum = good["objects"][DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
+    rights = ("TokenParameterNames", "QueueName", "FormerQueueName", "CreateQueue")
+    alone = (PARAMETER, "old", "", "true")
+    assert world.given_to_the_stack(*rights) == [alone, alone]
 
-    world.set(objects={**world.state["objects"], config: old})
-    assert "deployment.apps/email-processor restarted for its new settings" in world.deploy()
-    assert len(world.state["revisions"]) == 2
-    good = world.state["objects"]["deployment.apps/email-processor"]
+    # The build fails.
+    change = ("--token-parameter", "/other", "--queue-name", "dev-CP-queue")
+    both = (f"/other,{PARAMETER}", "dev-CP-queue", "old", "false")
+    world.set(pushed=[], build_fails=True)
+    result = world.run(*change)
+    assert result.returncode == 1
+    log, line = result.stderr.splitlines()
+    assert log.startswith("ERROR: failed to solve")
+    assert line.startswith("deploy.sh: The image was not built")
+    assert world.applied() == []
+    # A queue that was made here exists, and cannot be made again.
+    given_back = (PARAMETER, "old", "", "false")
+    assert world.given_to_the_stack(*rights)[2:] == [both, given_back]
 
-    world.client("ssm").put_parameter(Name="/other", Value="x", Type="SecureString")
-    world.set(rollout_fails=True, objects={**world.state["objects"], config: old})
-    result = world.run("--token-parameter", "/other")
+    # The roll-out fails.
+    world.set(pushed=good["pushed"], build_fails=False, rollout_fails=True)
+    result = world.run(*change)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        "deploy.sh: The roll-out failed, for the reasons above, and was undone: revision 2 serves "
+        "deploy.sh: The roll-out failed, for the reasons above, and was undone: revision 1 serves "
         "again. Correct them and run this again."
     )
     assert "Back-off pulling image" in result.stderr
     assert "AWS_REGION must be a region" in result.stderr
     assert "Deployed" not in result.stdout
-    assert world.state["objects"]["deployment.apps/email-processor"] == good
-    assert world.state["objects"][config] == old
+    for name in (DEPLOYMENT, CONFIG):
+        assert world.state["objects"][name] == good["objects"][name]
+        assert world.state["last_applied"][name] == good["last_applied"][name]
+    assert world.given_to_the_stack(*rights)[4:] == [both, given_back]
 
-
-def test_failed_first_roll_out_says_that_there_is_nothing_to_go_back_to(world: World) -> None:
-    world.set(rollout_fails=True)
-    result = world.run()
+    # The roll-out succeeds; the load balancer does not come in time, and kubectl warns.
+    world.set(rollout_fails=False, broken=[], hostname="", warning="Warning: it is deprecated\n")
+    result = world.run(*change, "--timeout", "1")
     assert result.returncode == 1
-    assert "there is nothing to go back to" in result.stderr.splitlines()[-1]
-    assert not [call for call in world.calls("kubectl") if "undo" in call["arguments"]]
-
-
-def test_failed_build_is_one_line_after_its_log_and_applies_nothing(world: World) -> None:
-    world.set(build_fails=True)
-    result = world.run()
-    assert result.returncode == 1
-    log, line = result.stderr.splitlines()
-    assert log.startswith("ERROR: failed to solve")
-    assert line.startswith("deploy.sh: The image was not built")
-    assert world.state["objects"] == {}
-
-
-def test_service_without_a_load_balancer_in_time_is_a_failure(world: World) -> None:
-    world.set(hostname="")
-    result = world.run("--timeout", "1")
-    assert result.returncode == 1
+    assert result.stderr.startswith("Warning: it is deprecated\n")
     assert "has no ALB after 1 s" in result.stderr.splitlines()[-1]
+    assert world.given_to_the_stack(*rights)[6:] == [both, ("/other", "dev-CP-queue", "", "false")]
+    assert ["45"] in [call["arguments"] for call in world.calls("sleep")]
+    now = world.state["objects"][DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
+    assert now.keys() == checksum.keys() == {"checksum/config"}
+    assert now != checksum
+
+
+def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(world: World) -> None:
+    old, new = ([f"/{kind}/{number}" for number in range(6)] for kind in ("old", "new"))
+    values = {
+        "TokenParameterNames": ",".join(["/new/0", *old]),
+        "QueueName": "new",
+        "FormerQueueName": "dev-CP-queue",
+        "CreateQueue": "true",
+    }
+    lines = "".join(f"{name}\t{value}\n" for name, value in values.items())
+    stack = f"CREATE_COMPLETE\n{lines}"
+    world.answer(cloudformation_describe_stacks=stack, ssm_get_parameter="SecureString")
+    options = ("--token-parameter", ",".join(new), "--dead-letter-queue", "theirs")
+    output = world.deploy("--dry-run", *options)
+    assert "DeadLetterQueueName=theirs " in output
+    assert f"TokenParameterNames={','.join([*new, *old[:4]])} " in output
+    assert "QueueName=dev-CP-queue FormerQueueName= CreateQueue=false" in output
+
+
+def test_cluster_that_stops_answering_is_one_line_and_gives_back_what_a_run_took(
+    world: World,
+) -> None:
+    world.answer(
+        cloudformation_deploy="",
+        cloudformation_describe_stacks=(
+            "CREATE_COMPLETE\nQueueName\tdev-CP-queue\nFormerQueueName\told\nCreateQueue\ttrue\n"
+        ),
+        ssm_get_parameter="SecureString",
+    )
+    world.set(unreadable="deployment")
+    result = world.run("--queue-name", "dev-CP-queue", "--create-queue")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "deploy.sh: kubectl does not show the Deployment (Error from server (Forbidden)). Get "
+        "access to the namespace email-processor and run this again."
+    ]
+    assert world.state["objects"] == {}
+    wide, back = world.answered("cloudformation deploy")
+    assert wide.endswith("QueueName=dev-CP-queue FormerQueueName=old CreateQueue=true")
+    # The one of before was made earlier, if at all, and cannot be made again.
+    assert back.endswith("QueueName=old FormerQueueName= CreateQueue=false")
+
+
+def test_failed_first_roll_out_leaves_the_role_what_was_asked_for(world: World) -> None:
+    world.answer(
+        cloudformation_deploy="",
+        cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
+        ssm_get_parameter="SecureString",
+    )
+    world.set(rollout_fails=True)
+    assert world.run("--token-parameter", "/new").returncode == 1
+    wide, narrow = world.answered("cloudformation deploy")
+    assert "TokenParameterNames=/new,/old " in wide
+    assert narrow.endswith("TokenParameterNames=/new FormerQueueName=")
 
 
 # --- Instead of a run -----------------------------------------------------------------------------
 
 
 def test_dry_run_says_what_would_be_done_and_changes_nothing(world: World) -> None:
+    world.answer()
     output = world.deploy("--dry-run", "--alarm-email", "on-call@example.com")
     assert "AlarmEmail=on-call@example.com" in output
+    assert "the queue dev-CP-queue has no dead-letter queue" in output
     assert f"would make the token parameter {PARAMETER}" in output
     assert output.endswith("Nothing was changed.\n")
     assert_nothing_was_changed(world)
 
 
 def test_another_region_is_rendered_everywhere(world: World) -> None:
+    world.answer()
     region = "eu-west-1"
     result = world.run("--render", "--region", region)
     assert result.returncode == 0, result
@@ -496,21 +751,31 @@ def test_another_region_is_rendered_everywhere(world: World) -> None:
     assert f"https://sqs.{region}.amazonaws.com/{ACCOUNT}/dev-CP-queue" in result.stdout
 
 
+def test_render_does_not_take_a_certificate_away_that_it_cannot_see(world: World) -> None:
+    world.answer()
+    world.set(unreadable="ingress")
+    assert world.run("--render").returncode == 0, "there is no stack yet"
+    make_stack_with_other_outputs(world)
+    result = world.run("--render")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "does not tell its certificate" in result.stderr
+    assert world.run("--render", "--certificate-arn", "none").returncode == 0
+
+
 @pytest.mark.parametrize("certificate", ["none", CERTIFICATE])
 def test_manifests_are_rendered_without_any_tool_but_git(
     world: World, tmp_path: Path, certificate: str
 ) -> None:
     tools = ("bash", "mktemp", "rm", "dirname", "grep", "tail", "cat", "cut", "head", "sed", "awk")
-    result = world.run(
-        *("--render", "--certificate-arn", certificate), PATH=only(tmp_path / "few", *tools, "git")
-    )
+    path = only(tmp_path / "few", *tools, "git")
+    result = world.run("--render", "--certificate-arn", certificate, PATH=path)
     assert result.returncode == 0
     assert all(line.startswith("deploy.sh: note: ") for line in result.stderr.splitlines())
     manifests = list(yaml.safe_load_all(result.stdout))
     for manifest in manifests:
         kubernetes_validate.validate(manifest, "1.34", strict=True)
     assert ("ssl-redirect" in result.stdout) == (certificate != "none")
-    placeholders = r"\b(ACCOUNT_ID|IMAGE|CERTIFICATE_ARN|WEB_ACL_ARN)\b|# with"
+    placeholders = r"\b(ACCOUNT_ID|IMAGE|CERTIFICATE_ARN|WEB_ACL_ARN|CONFIG_CHECKSUM)\b|# with"
     assert not re.search(placeholders, result.stdout)
 
 
@@ -527,6 +792,13 @@ def test_manifests_are_rendered_without_any_tool_but_git(
         ([REGISTRY, "12345"], "AWS_ACCOUNT_ID '12345' is not an account's 12 digits"),
         ([REGISTRY, ACCOUNT, "--regoin", "x"], "Unknown option '--regoin'"),
         ([REGISTRY, ACCOUNT, "--region"], "--region needs a value"),
+        ([REGISTRY, ACCOUNT, "--region", ""], "--region needs a value"),
+        (
+            [REGISTRY, ACCOUNT, "--dead-letter-queue", "--dry-run"],
+            "--dead-letter-queue needs a val",
+        ),
+        ([REGISTRY, ACCOUNT, "--queue-name", "a" * 81], "is not a queue's name"),
+        ([REGISTRY, ACCOUNT, "--queue-name", "a" * 80, "--timeout", "0"], "--timeout '0' is"),
         ([REGISTRY, ACCOUNT, "--region", "west"], "--region 'west' is not a region"),
         ([REGISTRY, ACCOUNT, "--token-parameter", "token"], "is not a parameter's name"),
         ([REGISTRY, ACCOUNT, "--certificate-arn", "x"], "is not the ARN of an ACM certificate"),

@@ -26,6 +26,7 @@ NAME = "email-processor"
 LABELS = {"app.kubernetes.io/name": NAME}
 FILES = sorted((app.PROJECT / "k8s").glob("*.yaml"))
 TEMPLATE_FILE = app.PROJECT / "infra" / "email-processor.yaml"
+DEPLOY = app.PROJECT / "deploy.sh"
 SCRIPTS = [*sorted(app.PROJECT.glob("*.sh")), app.PROJECT / ".ci" / "run"]
 WORKFLOWS = sorted((app.PROJECT / ".github" / "workflows").iterdir())
 PRIVATE = {"/metrics", "/ready"}  # the cluster's own
@@ -147,7 +148,7 @@ def test_service_comes_before_deployment() -> None:
     [
         (DEPLOYMENT["spec"], "replicas", None),  # the HPA owns it
         (DEPLOYMENT["spec"]["strategy"], "type", "RollingUpdate"),
-        (DEPLOYMENT["spec"]["strategy"], "rollingUpdate", {"maxUnavailable": 0, "maxSurge": 1}),
+        (DEPLOYMENT["spec"]["strategy"], "rollingUpdate", {"maxUnavailable": 0, "maxSurge": "25%"}),
         (POD, "serviceAccountName", "email-processor-sa"),
         (POD, "automountServiceAccountToken", False),
         (POD, "enableServiceLinks", False),
@@ -314,6 +315,11 @@ def test_pod_is_killed_only_after_its_sleep_and_gunicorns_graceful_timeout() -> 
     assert POD["terminationGracePeriodSeconds"] > asleep + gunicorn_setting("graceful_timeout")
 
 
+def test_rights_of_old_pods_end_only_after_their_grace_period() -> None:
+    (seconds,) = re.findall(r"sleep (\d+) # terminationGrace", DEPLOY.read_text("utf-8"))
+    assert int(seconds) == POD["terminationGracePeriodSeconds"]
+
+
 def test_pod_sleeps_as_long_as_the_load_balancer_may_still_send_to_it() -> None:
     delay = attributes("target-group-attributes")["deregistration_delay.timeout_seconds"]
     assert int(delay) == CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -443,6 +449,7 @@ ALL_FILES = [pytest.param(file, id=file.name) for file in [*FILES, TEMPLATE_FILE
     [
         ("ACCOUNT_ID", ["configmap.yaml", "serviceaccount.yaml"]),
         ("IMAGE", ["deployment.yaml"]),
+        ("CONFIG_CHECKSUM", ["deployment.yaml"]),
         ("CERTIFICATE_ARN", ["ingress.yaml"]),
         ("WEB_ACL_ARN", ["ingress.yaml"]),
     ],
@@ -612,6 +619,7 @@ ALARM = "AWS::CloudWatch::Alarm"
         ("Namespace", "email-processor"),
         ("ServiceAccount", "email-processor-sa"),
         ("QueueName", "dev-CP-queue"),
+        ("FormerQueueName", ""),
         ("CreateQueue", "false"),
         ("DeadLetterQueueName", ""),
         ("TokenParameterNames", "/email-service/api-token"),
@@ -636,6 +644,7 @@ def test_parameter_has_its_default(parameter: str, default: str | int | None) ->
         ("TokenParameterNames", "/a/*"),
         ("TokenParameterNames", ",".join(["/a"] * 11)),
         ("QueueName", "*"),
+        ("FormerQueueName", "*"),
         ("EnvironmentName", "Prod_1"),
         ("TokenKeyArn", "*"),
         ("CreateQueue", "yes"),
@@ -729,8 +738,16 @@ def test_role_may_read_exactly_its_tokens_and_send_to_exactly_its_queue(names: l
             "Sid": "SendMessages",
             "Effect": "Allow",
             "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-            "Resource": "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue",
+            "Resource": ["arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue"],
         },
+    ]
+
+
+def test_role_may_use_the_former_queue_during_a_roll_out() -> None:
+    (policy,) = Stack(FormerQueueName="old.fifo").properties("Role")["Policies"]
+    assert policy["PolicyDocument"]["Statement"][1]["Resource"] == [
+        "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue",
+        "arn:aws:sqs:us-west-1:ACCOUNT_ID:old.fifo",
     ]
 
 
@@ -784,7 +801,8 @@ def test_queues_are_encrypted_keep_14_days_and_outlive_the_stack() -> None:
     for name, queue in stack.of_type("AWS::SQS::Queue").items():
         assert queue["MessageRetentionPeriod"] == 14 * 24 * 3600
         assert queue["SqsManagedSseEnabled"] is True
-        assert stack.resources[name]["DeletionPolicy"] == "Retain"
+        # But for those of a stack whose first deployment fails: the next could not make them.
+        assert stack.resources[name]["DeletionPolicy"] == "RetainExceptOnCreate"
         assert stack.resources[name]["UpdateReplacePolicy"] == "Retain"
 
 
@@ -814,7 +832,10 @@ def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
     assert [header["Name"] for header in response["ResponseHeaders"]] == ["Retry-After"]
     body = acl["CustomResponseBodies"][response["CustomResponseBodyKey"]]
     assert body["ContentType"] == "APPLICATION_JSON"
-    assert json.loads(body["Content"])["status"] == "error"
+    content = json.loads(body["Content"])
+    assert content.keys() == {"status", "error", "message"}
+    assert (content["status"], content["error"]) == ("error", "too_many_requests")
+    assert "too_many_requests" not in app.ERRORS  # the service never gives it
     for visible in (acl, rule):
         assert visible["VisibilityConfig"]["CloudWatchMetricsEnabled"] is True
 

@@ -222,9 +222,10 @@ class Runner:
         self.step("Deploy", options)
 
     def set_settings(self, data: dict[str, str]) -> None:
-        objects = self.world.state["objects"]
-        objects["configmap/email-processor-config"]["data"] = data
-        self.world.set(objects=objects)
+        state = self.world.state
+        for manifests in (state["objects"], state["last_applied"]):
+            manifests["configmap/email-processor-config"]["data"] = data
+        self.world.set(**state)
 
     def running(self) -> tuple[Any, Any]:
         objects = self.world.state["objects"]
