@@ -40,7 +40,9 @@ RUN SQS_QUEUE_URL=https://sqs.us-west-1.amazonaws.com/000000000000/check \
     gunicorn --check-config \
     && python -c 'import gunicorn.workers.gthread'
 
-ENV PYTHONDONTWRITEBYTECODE=1
+# The metrics' folder by name: it is emptied at each start, also after a kill that left it behind.
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PROMETHEUS_MULTIPROC_DIR=/dev/shm/email-processor
 # By number, so that Kubernetes can tell that it is not root.
 USER 1000:1000
 EXPOSE 8080

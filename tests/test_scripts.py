@@ -148,6 +148,12 @@ class LocalServer:
             os.close(self._processes)
 
 
+def metrics_folders(server: LocalServer) -> set[Path]:
+    """Those of other services as well; in memory where the system has a folder for that."""
+    found = [folder.glob("email-processor-*") for folder in (Path("/dev/shm"), server.temporary)]
+    return {path for paths in found for path in paths}
+
+
 @contextmanager
 def local_server(folder: Path, **variables: str) -> Iterator[LocalServer]:
     server = LocalServer(folder, **variables)
@@ -185,11 +191,13 @@ def test_printed_commands_send_a_message_and_show_it_in_the_queue(tmp_path: Path
 def test_stopped_local_server_leaves_no_process_no_port_and_no_file(
     tmp_path: Path, signal_number: signal.Signals, whole_group: bool
 ) -> None:
+    before = set(Path("/dev/shm").glob("email-processor-*"))
     with local_server(tmp_path) as server:
         (emulator_port,) = set(map(int, re.findall(r"http://127\.0\.0\.1:(\d+)", server.output)))
         assert is_listening(emulator_port)
         assert server.has_processes()
-        assert list(server.temporary.iterdir())
+        made = metrics_folders(server) - before
+        assert made
         send = os.killpg if whole_group else os.kill
         send(server.process.pid, signal_number)
         assert server.process.wait(timeout=15) == 0
@@ -197,6 +205,7 @@ def test_stopped_local_server_leaves_no_process_no_port_and_no_file(
         assert not is_listening(server.port)
         assert not is_listening(emulator_port)
         assert list(server.temporary.iterdir()) == []
+        assert not made & metrics_folders(server)
         assert "Traceback" not in server.output
 
 
