@@ -452,7 +452,7 @@ def test_queue_that_hangs_at_the_start_is_refused_to_all_at_once(
         eventually(lambda: service.ask(post()).status == 200)
     figures("SQS hangs at the start", f"503 to all within {slowest:.1f} s")
     assert set(load.statuses) == {503}
-    assert slowest < 9  # a call that began before, and one more
+    assert slowest < 12  # two calls one after the other take 8 s; and this machine may be busy
 
 
 def test_queue_out_of_reach_at_the_start_is_not_ready_and_names_the_call(
