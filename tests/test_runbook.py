@@ -59,10 +59,11 @@ def test_every_link_leads_somewhere() -> None:
 def test_every_cause_in_its_tables_is_one_that_the_log_can_have() -> None:
     """By the messages and codes that app.py and botocore have."""
     source = (PROJECT / "app.py").read_text("utf-8")
-    for text in ("token not read", "queue not seen", "messages not sent", "SQS is down"):
-        assert text in RUNBOOK
-        assert text in source
     for text in (
+        "token not read",
+        "queue not seen",
+        "messages not sent",
+        "SQS is down",
         "token parameter missing in SSM",
         "unforeseen error",
         "SQS is back",
@@ -72,7 +73,7 @@ def test_every_cause_in_its_tables_is_one_that_the_log_can_have() -> None:
         assert text in source
     for metric in re.findall(r"email_processor_\w+", RUNBOOK):
         base = re.sub(r"_(total|sum|count|bucket)?$", "", metric)
-        assert base.removeprefix("email_processor_").split("_(")[0] in source, metric
+        assert base.removeprefix("email_processor_") in source, metric
 
 
 @pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
