@@ -784,9 +784,9 @@ def result_of(results: list[str | Exception]) -> str:
     failures = [result for result in results if isinstance(result, Exception)]
     if len(failures) < len(results):
         return "partial" if failures else "success"
-    if isinstance(failures[0], TIMEOUTS):
-        return "timeout"
-    return "unavailable" if is_temporary(failures[0]) else "refused"
+    if not all(is_temporary(failure) for failure in failures):
+        return "refused"
+    return "timeout" if isinstance(failures[0], TIMEOUTS) else "unavailable"
 
 
 @dataclass(slots=True, eq=False)
@@ -828,6 +828,7 @@ class Circuit:
         return self._clock() >= self._probe_at
 
     def answered(self) -> None:
+        """SQS has taken or refused something."""
         self._failures = 0
         self._answered_at = self._clock()
         if self.open:
@@ -836,16 +837,56 @@ class Circuit:
             seconds = round(self._clock() - self._opened_at, 1)
             log.warning("SQS is back", extra={"seconds": seconds})
 
-    def failed(self, error: Exception, began: float) -> None:
-        """`began` is when the call did, by the clock."""
+    def failed(self, timed_out: bool, began: float, cause: str) -> None:
+        """A call that began then, by the clock, failed in a way that may pass."""
         self._failures += 1
         self._probe_at = self._clock() + self.PROBE_SECONDS
-        silent = isinstance(error, TIMEOUTS) and self._answered_at < began
+        silent = timed_out and self._answered_at < began
         if not self.open and (silent or self._failures >= self.FAILURES):
             self.open = True
             SQS_CIRCUITS_OPEN.set(1)
             self._opened_at = self._clock()
-            log.error("SQS is down; refused until it answers", extra={"cause": detail_of(error)})
+            log.error("SQS is down; refused until it answers", extra={"cause": cause})
+
+
+class QueueLimit:
+    """The queue's MaximumMessageSize, read once; to have read it is to have seen the queue."""
+
+    def __init__(self, sqs: Any, queue_url: str) -> None:
+        self._sqs = sqs
+        self._queue_url = queue_url
+        self._lock = threading.Lock()
+        self._attempts = 0
+        self._bytes = 0
+        self.problem: str | None = None  # why the last read failed
+
+    def bytes(self) -> int:
+        """Raises Refusal queue_unavailable."""
+        if not self._bytes:
+            # One thread reads. The others wait for its result, unless the last one was a failure.
+            attempts = self._attempts
+            if not self._lock.acquire(blocking=self.problem is None):
+                raise Refusal("queue_unavailable")
+            try:
+                if self._attempts == attempts:
+                    self._read()
+                    self._attempts += 1
+            finally:
+                self._lock.release()
+            if self.problem:
+                raise Refusal("queue_unavailable")
+        return self._bytes
+
+    def _read(self) -> None:
+        try:
+            answer = self._sqs.get_queue_attributes(
+                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
+            )
+            self._bytes = int(answer["Attributes"]["MaximumMessageSize"])
+            self.problem = None
+        except Exception as error:  # a garbled answer makes botocore raise almost anything
+            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
+            log.error("queue not seen", extra={"cause": detail_of(error)})
 
 
 class Publisher:
@@ -881,10 +922,9 @@ class Publisher:
         self._sqs = sqs
         self._probe = probe
         self._queue_url = queue_url
+        self.limit = QueueLimit(sqs, queue_url)
         self._fifo = queue_url.endswith(".fifo")
-        self._calls_in_flight = (
-            1 if self._fifo else calls_in_flight
-        )  # one after the other, in order
+        self._calls_in_flight = 1 if self._fifo else calls_in_flight  # in order: one by one
         self._threads = threads
         self._clock = clock
         self._pause = pause
@@ -895,48 +935,16 @@ class Publisher:
         self._in_flight = 0  # with as many messages
         self._started_at = 0.0  # the last call
         self._circuit = Circuit(clock)
-        self._check_lock = threading.Lock()
-        self._checks = 0
-        self._max_bytes = 0  # the queue's MaximumMessageSize, once seen
-        self.problem: str | None = None  # why it was not seen
-
-    def check_queue(self) -> None:
-        """See the queue once and learn its size limit. Raises Refusal queue_unavailable."""
-        if self._max_bytes:
-            return
-        # One thread asks. The others wait for its result, unless the last one was a failure.
-        checks = self._checks
-        if not self._check_lock.acquire(blocking=self.problem is None):
-            raise Refusal("queue_unavailable")
-        try:
-            if self._checks == checks:
-                self._see_queue()
-        finally:
-            self._checks += 1
-            self._check_lock.release()
-        if self.problem:
-            raise Refusal("queue_unavailable")
-
-    def _see_queue(self) -> None:
-        try:
-            answer = self._sqs.get_queue_attributes(
-                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
-            )
-            self._max_bytes = int(answer["Attributes"]["MaximumMessageSize"])
-            self.problem = None
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
-            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
-            log.error("queue not seen", extra={"cause": detail_of(error)})
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
 
         Raises Refusal: message_too_large by the queue's own limit, or queue_unavailable.
         """
-        self.check_queue()
+        limit = self.limit.bytes()
         entry, size = message.entry(self._fifo)
-        if size > self._max_bytes:
-            reason = f"The message has {size} bytes, the queue takes {self._max_bytes}."
+        if size > limit:
+            reason = f"The message has {size} bytes, the queue takes {limit}."
             raise Refusal("message_too_large", reason)
         pending = Pending(entry, size, self._clock() + self.SECONDS)
         pending.wake.acquire()
@@ -989,7 +997,6 @@ class Publisher:
             results = self._call(sent)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(sent))
-            SQS_CALLS[result_of(results)].inc()
             again = self._settle(sent, results, began)
         finally:
             with self._lock:
@@ -1028,6 +1035,8 @@ class Publisher:
         self, batch: list[Pending], results: list[str | Exception], began: float
     ) -> list[Pending]:
         """Give every message its outcome, except those that are to be sent again: these."""
+        label = result_of(results)
+        SQS_CALLS[label].inc()
         refused_as_one = len(batch) > 1 and all(result is results[0] for result in results)
         again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
         with self._lock:
@@ -1036,35 +1045,30 @@ class Publisher:
             for pending, result in zip(batch, results, strict=True):
                 pending.attempts += 1
                 if isinstance(result, str):
-                    outcome: str | Refusal = result
+                    self._end(pending, result)
+                    continue
+                temporary, cause = is_temporary(result), detail_of(result)
+                pending.alone = pending.alone or (refused_as_one and not temporary)
+                in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
+                retried = (temporary or refused_as_one) and in_time and may_retry
+                failures[cause, retried] += 1
+                if retried:
+                    again.append(pending)
                 else:
-                    temporary, cause = is_temporary(result), detail_of(result)
-                    pending.alone = pending.alone or (refused_as_one and not temporary)
-                    in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
-                    retried = (temporary or refused_as_one) and in_time and may_retry
-                    failures[cause, retried] += 1
-                    if retried:
-                        again.append(pending)
-                        continue
                     # The queue's limit may have been lowered since it was read.
                     too_large = "must be shorter than" in cause
-                    outcome = Refusal("message_too_large" if too_large else "queue_unavailable")
-                self._end(pending, outcome)
-            self._judge(results, began)
+                    code = "message_too_large" if too_large else "queue_unavailable"
+                    self._end(pending, Refusal(code))
+            if label in ("timeout", "unavailable"):
+                self._circuit.failed(label == "timeout", began, cause)
+            else:
+                self._circuit.answered()
+            while self._circuit.open and self._waiting:  # nobody waits any longer
+                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
         for (cause, retried), count in failures.items():
             level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
             log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
         return again
-
-    def _judge(self, results: list[str | Exception], began: float) -> None:
-        """Tell the circuit how a call ended; when it opens, nobody waits any longer. Locked."""
-        failures = [r for r in results if isinstance(r, Exception) and is_temporary(r)]
-        if len(failures) < len(results):
-            self._circuit.answered()
-        else:
-            self._circuit.failed(failures[0], began)
-        while self._circuit.open and self._waiting:
-            self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
 
     def _end(self, pending: Pending, outcome: str | Refusal) -> None:
         if pending.outcome is None:
@@ -1178,7 +1182,7 @@ def create_app(
         """See the token and the queue, so that a later outage finds every worker knowing both."""
         tokens.refresh_if_old()
         with suppress(Refusal):  # it is logged, and the first request tries again
-            publisher.check_queue()
+            publisher.limit.bytes()
 
     app = Service(__name__, static_folder=None)
     # For gunicorn.conf.py: to watch a request from its first byte on, and a worker's first step.
@@ -1238,9 +1242,9 @@ def create_app(
             reason = tokens.problem or "SSM has no parameter of the configured name"
             missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
         try:
-            publisher.check_queue()
+            publisher.limit.bytes()
         except Refusal:
-            missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.problem}"
+            missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.limit.problem}"
         if missing:
             raise Refusal(next(iter(missing)), "; ".join(missing.values()))
         return json_response({"status": "ready", "service": SERVICE})

@@ -557,6 +557,10 @@ def test_token_read_timestamp_is_the_time_of_the_last_read_that_succeeded(
         ([DOWN], "unavailable"),
         ([ValueError("the answer has no MessageId")], "unavailable"),
         ([client_error("AccessDenied", 403)], "refused"),
+        (
+            [client_error("InternalError", 500), client_error("InvalidMessageContents", 400)],
+            "refused",
+        ),
         ([client_error("AWS.SimpleQueueService.NonExistentQueue", 400)] * 2, "refused"),
     ],
 )

@@ -135,7 +135,7 @@ class Requests:
             jitter=lambda: 0.5,
         )
         self.publisher.SECONDS = seconds  # type: ignore[misc]
-        self.publisher.check_queue()
+        self.publisher.limit.bytes()
         self.answers: dict[str, list[Any]] = {}
         self.threads: list[threading.Thread] = []
 
@@ -817,11 +817,11 @@ class HeldQueue:
 @pytest.mark.parametrize("fails", [False, True])
 def test_requests_that_wait_for_the_first_sight_of_the_queue_share_its_result(fails: bool) -> None:
     queue, refused = HeldQueue(fails), list[bool]()
-    publisher = app.Publisher(queue, queue, QUEUE, 8, 64)
+    limit = app.QueueLimit(queue, QUEUE)
 
     def check() -> None:
         try:
-            publisher.check_queue()
+            limit.bytes()
         except app.Refusal:
             refused.append(True)
         else:
@@ -830,7 +830,7 @@ def test_requests_that_wait_for_the_first_sight_of_the_queue_share_its_result(fa
     threads = [threading.Thread(target=check) for _ in range(5)]
     threads[0].start()
     assert queue.begun.wait(20)
-    lock, waiting = publisher._check_lock, threading.Semaphore(0)
+    lock, waiting = limit._lock, threading.Semaphore(0)
 
     class CountingLock:
         """Tells when a thread is about to wait for the lock."""
@@ -842,7 +842,7 @@ def test_requests_that_wait_for_the_first_sight_of_the_queue_share_its_result(fa
             waiting.release()
             return lock.acquire(blocking)
 
-    publisher._check_lock = CountingLock()  # type: ignore[assignment]
+    limit._lock = CountingLock()  # type: ignore[assignment]
     for thread in threads[1:]:
         thread.start()
         assert waiting.acquire(timeout=20)
