@@ -417,6 +417,10 @@ class FakeAws:
     def counts(self) -> dict[str, Any]:
         return dict(self._control("GET"))
 
+    def calls(self, operation: str) -> int:
+        """How many there were; each counts as it begins."""
+        return int(self.counts()["calls"].get(operation, 0))
+
     def messages(self) -> list[dict[str, Any]]:
         return list(self._control("GET", path="/control/messages"))
 

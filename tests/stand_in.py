@@ -15,8 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 FOLDER = Path(os.environ["STAND_IN"])
 CLUSTER_SCOPED = ("Namespace",)
 
@@ -86,6 +84,8 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
                 sys.exit(f'error: no last-applied configuration of "{name}"')
             return json.dumps(state["last_applied"][identity])
         case ["apply", "-f", "-"]:
+            import yaml  # here, as it would take longer than all else that a call does
+
             sys.stderr.write(state["warning"])
             return "".join(apply(state, manifest) for manifest in yaml.safe_load_all(text))
         case ["rollout", "status", *_]:

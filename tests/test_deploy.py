@@ -50,7 +50,7 @@ def emulator() -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     # Certificates are issued at once.
-    variables = environment(MOTO_ACM_VALIDATION_WAIT="0")
+    variables = environment(MOTO_ACM_VALIDATION_WAIT="0", COVERAGE_PROCESS_CONFIG="")
     with subprocess.Popen(
         command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -205,6 +205,7 @@ class World:
         given = {
             "AWS_ENDPOINT_URL": self.emulator,
             "AWS_ACCESS_KEY_ID": "test",
+            "COVERAGE_PROCESS_CONFIG": "",  # nothing here runs app.py
             "AWS_SECRET_ACCESS_KEY": "test",
             "KUBECONFIG": str(self.folder / "kubeconfig"),
             "NO_PROXY": "127.0.0.1",

@@ -232,14 +232,19 @@ def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
 def test_sqs_that_comes_back_slower_than_before_is_served_again(
     start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
 ) -> None:
-    with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
-        eventually(lambda: load.statuses[200] > 64)
-        fake.set(faults={"SQS": {"kind": "hang"}})
-        eventually(lambda: load.statuses[503] > 64)
-        fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
-        back, before = time.monotonic(), load.statuses[200]
-        eventually(lambda: load.statuses[200] > before + 64)
-        seconds = time.monotonic() - back
+    with start_service(**fake.environment(), **profile) as service:
+        # The clients' connections stay with the workers that are there when they come.
+        workers = int(profile["GUNICORN_WORKERS"])
+        eventually(lambda: fake.calls("GetQueueAttributes") == workers)
+        with Load(service.port) as load:
+            eventually(lambda: load.statuses[200] > 64)
+            fake.set(faults={"SQS": {"kind": "hang"}})
+            eventually(lambda: load.statuses[503] > 64)
+            fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
+            back, before = time.monotonic(), load.statuses[200]
+            eventually(lambda: load.statuses[200] > before + 64)
+            seconds = time.monotonic() - back
+            fake.set(faults={})
     ledger = Ledger.of(fake, load)
     figures("SQS hangs, then takes 0.3 s", ledger, f"64 served again after {seconds:.1f} s")
     assert not ledger.lost
@@ -321,14 +326,14 @@ def test_ssm_down_after_the_start_refuses_nobody(
 ) -> None:
     """Each fault lasts longer than the cache, so that every worker's is out of date."""
     with start_service(**fake.environment(), TOKEN_CACHE_SECONDS="1") as service:
-        eventually(lambda: fake.counts()["calls"].get("GetParameters") == 4)
+        eventually(lambda: fake.calls("GetParameters") == 4)
         for name, fault in SSM_FAULTS.items():
             fake.set(faults={"SSM": fault})
             fake.forget()
             with Load(service.port, clients=16) as load:
                 time.sleep(20 if full else 1.3)
             ledger = Ledger.of(fake, load)
-            reads = fake.counts()["calls"]["GetParameters"]
+            reads = fake.calls("GetParameters")
             figures(f"SSM {name} after the start", ledger, f"{reads} reads tried")
             assert set(ledger.statuses) == {200}
             assert not load.failures
@@ -445,8 +450,8 @@ def test_queue_that_hangs_at_the_start_is_refused_to_all_at_once(
 ) -> None:
     fake.set(faults={"SQS": {"kind": "hang"}})
     with start_service(**fake.environment(), **profile) as service:
-        with Load(service.port) as load:
-            eventually(lambda: load.statuses[503] >= 64)
+        with Load(service.port, requests=64) as load:
+            load.wait()
         slowest = max(seconds for _, seconds, _ in load.answers)
         fake.set(faults={})
         eventually(lambda: service.ask(post()).status == 200)
@@ -474,7 +479,7 @@ def test_rotated_token_works_at_once_and_the_old_one_ends_within_the_cache_age(
 ) -> None:
     settings = {"TOKEN_CACHE_SECONDS": "2"}
     with start_service(**fake.environment(), **settings) as service:
-        eventually(lambda: fake.counts()["calls"].get("GetParameters") == 4)
+        eventually(lambda: fake.calls("GetParameters") == 4)
         time.sleep(2)  # a worker asks at most once in that time
         fake.set(parameters={PARAMETER: "the new one"})
         rotated = time.monotonic()
@@ -520,7 +525,7 @@ def test_flood_of_wrong_tokens_leaves_ssm_and_the_right_ones_alone(
         Load(service.port, clients=4) as right,
     ):
         time.sleep(seconds)
-    reads = fake.counts()["calls"]["GetParameters"]
+    reads = fake.calls("GetParameters")
     figures(
         "flood of wrong tokens",
         Ledger.of(fake, right),

@@ -539,7 +539,7 @@ def test_concurrent_requests_share_calls_and_each_gets_the_id_of_its_own_message
     messages = fake.messages()
     assert len(messages) == 300
     assert given == {m["message_id"]: m["attributes"]["RequestId"] for m in messages}
-    assert fake.counts()["calls"]["SendMessageBatch"] < 150
+    assert fake.calls("SendMessageBatch") < 150
 
 
 def test_no_thread_is_started_before_the_fork(start_service: StartService) -> None:

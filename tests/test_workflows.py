@@ -242,12 +242,12 @@ def runner(world: World) -> Runner:
 
 @needs_aws
 def test_rollback_undoes_what_this_deployment_has_changed_and_nothing_else(runner: Runner) -> None:
+    runner.world.answer(ssm_get_parameter="SecureString")
     runner.deploy()
     assert "the first deployment" in runner.step("Roll back")
     runner.set_settings({"sqs_queue_url": "https://sqs/old"})
     before = runner.running()
 
-    runner.world.client("ssm").put_parameter(Name="/other", Value="x", Type="SecureString")
     runner.deploy("--token-parameter /other --rate-limit 300")
     changed = runner.running()
     assert changed[0] != before[0]
