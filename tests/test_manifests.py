@@ -29,6 +29,7 @@ TEMPLATE_FILE = app.PROJECT / "infra" / "email-processor.yaml"
 DEPLOY = app.PROJECT / "deploy.sh"
 SCRIPTS = [*sorted(app.PROJECT.glob("*.sh")), app.PROJECT / ".ci" / "run"]
 WORKFLOWS = sorted((app.PROJECT / ".github" / "workflows").iterdir())
+DEPENDABOT = app.PROJECT / ".github" / "dependabot.yml"
 PRIVATE = {"/metrics", "/ready"}  # the cluster's own
 SLOWEST_HEALTH = 6  # seconds; every thread waits for SQS, which has just begun to fail
 SLOWEST_READY = 7  # seconds; SSM and SQS take the connection and do not answer
@@ -972,9 +973,10 @@ def test_alarms_are_mailed_when_an_address_is_given() -> None:
     [
         f"cfn-lint --include-checks I --regions us-west-1 --template {TEMPLATE_FILE}",
         f"check-jsonschema -q --builtin-schema github-workflows {' '.join(map(str, WORKFLOWS))}",
+        f"check-jsonschema -q --builtin-schema dependabot {DEPENDABOT}",
         f"hadolint {app.PROJECT / 'Dockerfile'}",
         f"shellcheck {' '.join(map(str, SCRIPTS))}",
-        f"zizmor -q --offline --pedantic --format github {' '.join(map(str, WORKFLOWS))}",
+        f"zizmor -q --offline --pedantic --format github {DEPENDABOT.parent}",
     ],
     ids=lambda command: command.split()[0],
 )
