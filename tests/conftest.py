@@ -221,6 +221,9 @@ class Service:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.errors()
+        # All, as the connections of a load stay with the workers that are there when it begins.
+        if len(self.workers()) < int(self.variables.get("GUNICORN_WORKERS", "4")):
+            return False
         try:
             return self.get("/health").status == 200
         except OSError:

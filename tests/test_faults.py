@@ -232,19 +232,15 @@ def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
 def test_sqs_that_comes_back_slower_than_before_is_served_again(
     start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
 ) -> None:
-    with start_service(**fake.environment(), **profile) as service:
-        # The clients' connections stay with the workers that are there when they come.
-        workers = int(profile["GUNICORN_WORKERS"])
-        eventually(lambda: fake.calls("GetQueueAttributes") == workers)
-        with Load(service.port) as load:
-            eventually(lambda: load.statuses[200] > 64)
-            fake.set(faults={"SQS": {"kind": "hang"}})
-            eventually(lambda: load.statuses[503] > 64)
-            fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
-            back, before = time.monotonic(), load.statuses[200]
-            eventually(lambda: load.statuses[200] > before + 64)
-            seconds = time.monotonic() - back
-            fake.set(faults={})
+    with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
+        eventually(lambda: load.statuses[200] > 64)
+        fake.set(faults={"SQS": {"kind": "hang"}})
+        eventually(lambda: load.statuses[503] > 64)
+        fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
+        back, before = time.monotonic(), load.statuses[200]
+        eventually(lambda: load.statuses[200] > before + 64)
+        seconds = time.monotonic() - back
+        fake.set(faults={})
     ledger = Ledger.of(fake, load)
     figures("SQS hangs, then takes 0.3 s", ledger, f"64 served again after {seconds:.1f} s")
     assert not ledger.lost
