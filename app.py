@@ -364,29 +364,27 @@ def record_answer(path: str, status: int, **line: Any) -> None:
 
 
 class RequestDeadline:
-    """Ends the reading of requests that take longer than `seconds` in all to arrive.
+    """Ends requests that take longer than `seconds` in all to arrive, and answers that take longer
+    than twice that to be taken.
 
-    A socket timeout would start again with each byte that trickles in, and Gunicorn's `timeout`
-    does not watch threads. So one thread a worker looks through the requests being read, twenty
-    times a second, and shuts the reading side of the overdue sockets: the blocked read then sees
-    the end.
+    A socket timeout would start again with each byte that trickles, and Gunicorn's `timeout` does
+    not watch threads. So one thread a worker looks through the sockets in use, twenty times a
+    second, and shuts the overdue ones: the blocked read then sees the end, the blocked write fails.
     """
-
-    LEAST_SECONDS = 0.05
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._ends: dict[socket.socket, float] = {}
+        self._ends: dict[socket.socket, tuple[float, int]] = {}  # when, and what to shut then
         self._start_lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def start(self, sock: socket.socket, arrived: float | None = None) -> None:
-        """Watch a socket, unless it is watched already.
+        """Watch a socket that is read from, unless it is watched already.
 
         `arrived` is when the request came. It may have waited for a thread since, and that counts,
         else slow requests in a row would hold the threads for one deadline after the other. By then
-        an honest one has arrived; LEAST_SECONDS are for taking it out of the kernel's buffer.
+        most of an honest one has arrived; for the rest it has a twentieth of the time.
         """
         if self._thread is None:  # not before the fork: a thread would stay behind in the master
             with self._start_lock:
@@ -395,7 +393,12 @@ class RequestDeadline:
                     self._thread.start()
         now = self._clock()
         waited = 0 if arrived is None else now - arrived
-        self._ends.setdefault(sock, now + max(self._seconds - waited, self.LEAST_SECONDS))
+        end = now + max(self._seconds - waited, self._seconds / 20)
+        self._ends.setdefault(sock, (end, socket.SHUT_RD))
+
+    def answer(self, sock: socket.socket) -> None:
+        """From now on, watch a socket that is written to."""
+        self._ends[sock] = (self._clock() + 2 * self._seconds, socket.SHUT_RDWR)
 
     def stop(self, sock: socket.socket) -> bool:
         """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
@@ -403,10 +406,10 @@ class RequestDeadline:
 
     def end_overdue(self) -> None:
         now = self._clock()
-        for sock, end in self._ends.copy().items():
+        for sock, (end, what) in self._ends.copy().items():
             if now >= end and self._ends.pop(sock, None) is not None:
                 with suppress(OSError):  # the client may have gone already
-                    sock.shutdown(socket.SHUT_RD)
+                    sock.shutdown(what)
 
     def _watch(self) -> None:
         while True:
@@ -438,8 +441,6 @@ def read_body(limit: int, deadline: RequestDeadline) -> bytes:
     except (OSError, ParseException):  # reset, broken off, or malformed chunks
         whole = False
     late = deadline.stop(sock) if sock else False
-    # Without a declared length, nothing tells whether the end is the client's or the deadline's.
-    whole = whole and not (late and declared is None)
     if late or not whole:
         # gunicorn.conf.py provides it: no further request can be read from this connection.
         getattr(stream, "force_close", lambda: None)()
@@ -779,6 +780,12 @@ def is_temporary(error: Exception) -> bool:
     return status >= 500 or status == 429 or "Throttl" in cause_of(error)
 
 
+def is_about_the_queue(error: Exception) -> bool:
+    """Whether AWS refuses the caller or the queue, whatever the message."""
+    status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status == 403 or cause_of(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
+
+
 def result_of(results: list[str | Exception]) -> str:
     """How a call ended, as a label of its metric."""
     failures = [result for result in results if isinstance(result, Exception)]
@@ -931,6 +938,7 @@ class Publisher:
         self._jitter = jitter
         self._lock = threading.Lock()
         self._waiting: deque[Pending] = deque()
+        self._probing: list[Pending] | None = None  # the batch that is to find out if SQS is back
         self._under_way = 0  # calls,
         self._in_flight = 0  # with as many messages
         self._started_at = 0.0  # the last call
@@ -949,7 +957,7 @@ class Publisher:
         pending = Pending(entry, size, self._clock() + self.SECONDS)
         pending.wake.acquire()
         with self._lock:
-            if self._circuit.open and (self._under_way or not self._circuit.may_probe()):
+            if self._circuit.open and not (self._may_start() and self._circuit.may_probe()):
                 raise Refusal("queue_unavailable")
             self._waiting.append(pending)
             self._start_call()
@@ -963,13 +971,18 @@ class Publisher:
             raise outcome
         return outcome
 
-    def _start_call(self) -> None:
-        """Hand the next batch to the request of its first message, if a call may start. Locked."""
+    def _may_start(self) -> bool:
+        """Whether a call may start beside those under way, which may hang while SQS is down."""
+        if self._circuit.open:
+            return not self._probing and self._under_way < self._calls_in_flight
         waiting = len(self._waiting)
         full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
         stalled = self._clock() - self._started_at >= self.STALL_SECONDS
-        several = (full or stalled) and not self._circuit.open
-        if not waiting or self._under_way >= (self._calls_in_flight if several else 1):
+        return self._under_way < (self._calls_in_flight if full or stalled else 1)
+
+    def _start_call(self) -> None:
+        """Hand the next batch to the request of its first message, if a call may start. Locked."""
+        if not self._waiting or not self._may_start():
             return
         batch, size = [self._waiting.popleft()], 0
         while self._waiting and len(batch) < self.MAX_ENTRIES:
@@ -978,6 +991,8 @@ class Publisher:
             if size + following.size > self.MAX_BYTES or following.alone or batch[0].alone:
                 break
             batch.append(self._waiting.popleft())
+        if self._circuit.open:
+            self._probing = batch
         self._under_way += 1
         self._in_flight += len(batch)
         self._started_at = self._clock()
@@ -1006,9 +1021,13 @@ class Publisher:
                         self._end(pending, Refusal("queue_unavailable"))
                 # In front, in their order.
                 self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
+                if self._probing is batch:
+                    self._probing = None
                 self._under_way -= 1
                 self._in_flight -= len(batch)
                 self._start_call()
+                if self._waiting:  # how long to wait depends on the calls under way
+                    self._rouse(self._waiting[0])
 
     def _call(self, batch: list[Pending]) -> list[str | Exception]:
         """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
@@ -1020,12 +1039,13 @@ class Publisher:
             else:
                 entries = [{"Id": str(n), **pending.entry} for n, pending in enumerate(batch)]
                 answer = sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
-            results: dict[str, str | Exception] = {}
+            results: dict[str | None, str | Exception] = {}
             for failed in answer.get("Failed", []):
-                status = {"HTTPStatusCode": 400 if failed["SenderFault"] else 500}
+                status = {"HTTPStatusCode": 400 if failed.get("SenderFault") else 500}
                 error = {"Error": failed, "ResponseMetadata": status}
-                results[failed["Id"]] = ClientError(error, "SendMessageBatch")
-            results |= {sent["Id"]: sent["MessageId"] for sent in answer.get("Successful", [])}
+                results[failed.get("Id")] = ClientError(error, "SendMessageBatch")
+            for sent in answer.get("Successful", []):
+                results[sent.get("Id")] = sent.get("MessageId", "")
             unknown = ValueError("the answer has no MessageId")
             return [results.get(str(n)) or unknown for n in range(len(batch))]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
@@ -1037,7 +1057,8 @@ class Publisher:
         """Give every message its outcome, except those that are to be sent again: these."""
         label = result_of(results)
         SQS_CALLS[label].inc()
-        refused_as_one = len(batch) > 1 and all(result is results[0] for result in results)
+        # One of them may be at fault: each is tried alone.
+        together = len(batch) > 1 and all(result is results[0] for result in results)
         again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
         with self._lock:
             # What sees SQS go down is tried once more, as the probe; what then fails is not.
@@ -1048,9 +1069,10 @@ class Publisher:
                     self._end(pending, result)
                     continue
                 temporary, cause = is_temporary(result), detail_of(result)
-                pending.alone = pending.alone or (refused_as_one and not temporary)
+                pending.alone = pending.alone or (together and not temporary)
                 in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
-                retried = (temporary or refused_as_one) and in_time and may_retry
+                may_pass = temporary or (together and not is_about_the_queue(result))
+                retried = may_pass and in_time and may_retry
                 failures[cause, retried] += 1
                 if retried:
                     again.append(pending)
@@ -1088,11 +1110,10 @@ class Publisher:
             if self._clock() < pending.deadline:
                 self._start_call()
             elif pending.outcome is None and pending.call is None:
-                # If it waits in a batch that is being sent, it may be in the queue all the same.
                 self._end(pending, Refusal("queue_unavailable"))
-                with suppress(ValueError):
+                if not pending.in_flight:  # else it may get into the queue all the same
                     self._waiting.remove(pending)
-                log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
+                    log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
 
     def _rouse(self, pending: Pending) -> None:
         if pending.wake.locked():
@@ -1311,18 +1332,22 @@ def create_app(
         request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
         g.line = {"request_id": request_id, "trace_id": trace_id}
         g.started = time.perf_counter()
+        g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
+        sock = environ.get("gunicorn.socket")
+        if g.body_read and sock and deadline.stop(sock):
+            environ["wsgi.input"].force_close()  # as in read_body
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
 
     @app.after_request
     def finish(response: Response) -> Response:
         environ, line = request.environ, g.line
-        if "body_read" not in g and (
-            environ.get("CONTENT_LENGTH") or "HTTP_TRANSFER_ENCODING" in environ
-        ):
+        if not g.body_read:
             # Unread bytes would be taken for the next request on this connection.
             with suppress(Refusal):
                 read_body(0, deadline)
+        if sock := environ.get("gunicorn.socket"):
+            deadline.answer(sock)
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
         duration = time.perf_counter() - g.started

@@ -872,12 +872,16 @@ def test_whole_body_leaves_the_connection_open(client: FlaskClient) -> None:
 class Stalled:
     """A body that starts, then comes no further: the read blocks until the socket is shut."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, chunked: bool = False) -> None:
         self._file = sock.makefile("rb")
+        self._chunked = chunked
         self.closes_connection = False
 
     def read(self, size: int) -> bytes:
-        return self._file.read(size)
+        body = self._file.read(size)
+        if self._chunked and len(body) < size:
+            raise NoMoreData
+        return body
 
     def force_close(self) -> None:
         self.closes_connection = True
@@ -900,7 +904,7 @@ def test_body_that_stalls_is_408_and_ends_the_connection(
     length: int | None, content_type: str
 ) -> None:
     client = client_of(settings(body_timeout_seconds=0), Ssm(), Sqs())
-    with connection() as (ours, clients), closing(Stalled(ours)) as stream:
+    with connection() as (ours, clients), closing(Stalled(ours, length is None)) as stream:
         clients.sendall(b'{"data"')
         response = post_stream(
             client, stream, length, content_type=content_type, **{"gunicorn.socket": ours}

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,12 +48,14 @@ FAILURES: dict[str, tuple[BaseException, bool]] = {
     "thread ends": (ThreadEnds(), False),
 }
 SENT, FAULT, BUSY, LEFT_OUT = "sent", "sender fault", "service busy", "not in the answer"
+NAMELESS, CAUSELESS = "sent without a MessageId", "failed without saying whose fault"
 
 
 class Call:
-    def __init__(self, entries: list[dict[str, Any]], single: bool) -> None:
+    def __init__(self, entries: list[dict[str, Any]], single: bool, probe: bool = False) -> None:
         self.entries = entries
         self.single = single
+        self.probe = probe  # made by the client with less patience
         self.end = threading.Event()
         self.failure = ""
         self.results: list[str] = []  # of the entries in turn; those beyond it are sent
@@ -71,9 +74,14 @@ class Queue:
     def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
         return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
 
-    def send_message(self, QueueUrl: str, **entry: Any) -> dict[str, Any]:  # noqa: N803
+    def send_message(
+        self,
+        QueueUrl: str,  # noqa: N803
+        probe: bool = False,
+        **entry: Any,
+    ) -> dict[str, Any]:
         assert QueueUrl.startswith(QUEUE)
-        call = self._hold(Call([entry], single=True))
+        call = self._hold(Call([entry], single=True, probe=probe))
         if call.results[:1] in ([FAULT], [BUSY]):
             raise aws_error("InvalidMessageContents", 400 if call.results[0] == FAULT else 503)
         return {} if call.results[:1] == [LEFT_OUT] else {"MessageId": self._take(entry)}
@@ -87,6 +95,10 @@ class Queue:
             if result == SENT:
                 message_id = self._take(entry)
                 answer["Successful"].insert(0, {"Id": entry["Id"], "MessageId": message_id})
+            elif result == NAMELESS:
+                answer["Successful"].append({"Id": entry["Id"]})
+            elif result == CAUSELESS:
+                answer["Failed"].append({"Id": entry["Id"], "Code": result})
             elif result != LEFT_OUT:
                 failed = {"Id": entry["Id"], "SenderFault": result == FAULT, "Code": result}
                 answer["Failed"].append(failed)
@@ -116,6 +128,13 @@ class Queue:
         return message_id
 
 
+class Probe:
+    """The client for one message while SQS is down."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.send_message = partial(queue.send_message, probe=True)
+
+
 class Requests:
     """Requests that publish, each in a thread of its own."""
 
@@ -126,7 +145,7 @@ class Requests:
         self.now = 0.0
         self.publisher = app.Publisher(
             self.queue,
-            self.queue,
+            Probe(self.queue),
             QUEUE + (".fifo" if fifo else ""),
             calls,
             threads,
@@ -410,6 +429,8 @@ PARTIAL = [
     ([SENT, BUSY, SENT], "ssss", [1, 3, 1]),
     ([BUSY, BUSY, SENT], "ssss", [1, 3, 2]),
     ([LEFT_OUT, SENT, SENT], "ssss", [1, 3, 1]),
+    ([NAMELESS, SENT, SENT], "ssss", [1, 3, 1]),
+    ([SENT, CAUSELESS, SENT], "ssss", [1, 3, 1]),
     ([FAULT, FAULT, FAULT], "sqqq", [1, 3]),
     ([FAULT, BUSY, LEFT_OUT], "sqss", [1, 3, 2]),
 ]
@@ -460,6 +481,27 @@ def test_messages_of_a_refused_batch_go_alone_so_that_one_cannot_fail_the_others
     assert outcomes(requests) == "ssqss"
     assert sizes(requests) == [1, 3, 1, 1, 1, 1]
     assert innocent in [body for body, _ in requests.queue.taken]
+    assert_kept(requests)
+
+
+def test_batch_that_is_refused_whatever_its_messages_is_not_tried_again() -> None:
+    requests = Requests(calls=1)
+    submit_many(requests, 4)
+    requests.end_call()
+    requests.end_call(failure="denied")
+    assert outcomes(requests) == "sqqq"
+    assert sizes(requests) == [1, 3]
+
+
+def test_message_that_is_tried_again_takes_none_along_that_is_to_stay_alone() -> None:
+    requests = Requests(calls=2)
+    submit_many(requests, 11)
+    requests.end_call(number=1, failure="refused")
+    assert sizes(requests) == [1, 10, 1]
+    requests.end_call(number=0, failure="server error")
+    assert sizes(requests) == [1, 10, 1, 1]
+    requests.end_all()
+    assert outcomes(requests) == "s" * 11
     assert_kept(requests)
 
 
@@ -563,11 +605,45 @@ def test_call_that_does_not_come_back_does_not_hold_up_the_others() -> None:
     submit_many(requests, 2)
     assert sizes(requests) == [1, 3]
     requests.now += app.Publisher.STALL_SECONDS
-    with requests.queue.changed:  # by themselves, without another request
-        assert requests.queue.changed.wait_for(lambda: sizes(requests) == [1, 3, 2], 20)
+    wait_for_sizes(requests, [1, 3, 2])
     requests.end_call(number=1)
     requests.end_all()
     assert outcomes(requests) == "s" * 6
+    assert_kept(requests)
+
+
+def wait_for_sizes(requests: Requests, made: list[int]) -> None:
+    """Nothing but time, which has passed by the requests' clock, brings them about."""
+    with requests.queue.changed:
+        assert requests.queue.changed.wait_for(lambda: sizes(requests) == made, 20)
+
+
+def test_message_that_waited_for_the_last_call_that_may_start_sees_that_it_has_ended() -> None:
+    requests = Requests(calls=2)
+    submit_many(requests, 12)
+    requests.now += 0.1
+    requests.end_call(number=1)
+    assert sizes(requests) == [1, 10]
+    requests.now += app.Publisher.STALL_SECONDS
+    wait_for_sizes(requests, [1, 10, 1])
+    requests.end_all()
+    assert outcomes(requests) == "s" * 12
+
+
+def test_message_to_be_tried_again_does_not_wait_for_a_call_that_does_not_come_back() -> None:
+    requests = Requests(calls=8)
+    submit_many(requests, 3)
+    requests.now += app.Publisher.STALL_SECONDS
+    wait_for_sizes(requests, [1, 2])
+    requests.now += app.Publisher.STALL_SECONDS
+    requests.submit()
+    assert sizes(requests) == [1, 2, 1]
+    requests.end_call(number=1, results=[SENT, BUSY])
+    assert sizes(requests) == [1, 2, 1]
+    requests.now += app.Publisher.STALL_SECONDS
+    wait_for_sizes(requests, [1, 2, 1, 1])
+    requests.end_all()
+    assert outcomes(requests) == "ssss"
     assert_kept(requests)
 
 
@@ -602,6 +678,26 @@ def test_request_whose_time_ends_while_another_sends_its_message_gets_503() -> N
     assert len(bodies(call)) == 2
     requests.end_all()
     assert outcomes(requests) == "ssq"
+    assert_kept(requests)
+
+
+def test_message_whose_time_ends_just_before_it_would_wait_again_is_not_sent_again() -> None:
+    requests = Requests(calls=1, seconds=0.2)
+    submit_many(requests, 3)
+    requests.end_call()
+    settle = requests.publisher._settle
+
+    def settle_slowly(*arguments: Any) -> list[app.Pending]:
+        again = settle(*arguments)
+        requests.now += 1
+        requests.threads[2].join(20)
+        return again
+
+    requests.publisher._settle = settle_slowly  # type: ignore[method-assign]
+    requests.end_call(results=[SENT, BUSY])
+    requests.end_all()
+    assert outcomes(requests) == "ssq"
+    assert sizes(requests) == [1, 2]
     assert_kept(requests)
 
 
@@ -682,6 +778,28 @@ def test_call_that_times_out_while_another_is_answered_is_tried_again_and_refuse
     requests.submit()
     requests.end_all()
     assert outcomes(requests) == "sss"
+
+
+def test_call_that_hangs_still_does_not_keep_the_probe_from_being_sent() -> None:
+    requests = Requests(threads=2)
+    submit_many(requests, 2)
+    requests.now = 0.3
+    requests.end_call(number=1)
+    requests.now = 0.31
+    requests.submit()
+    requests.now = 3.0
+    requests.end_call(failure="no answer")  # SQS has answered since: it is not down yet
+    requests.now = 3.31
+    requests.end_call(failure="no answer")
+    assert [call.probe for call in requests.queue.calls] == [False, True]
+    requests.submit()  # one probe at a time
+    assert outcomes_so_far(requests) == " s q"
+    requests.end_call(number=1)
+    assert outcomes_so_far(requests) == " ssq"
+    requests.submit()
+    requests.end_all()
+    assert outcomes(requests) == "sssqs"
+    assert_kept(requests)
 
 
 def down() -> Requests:
@@ -793,6 +911,20 @@ def test_failed_calls_are_logged_once_each_with_cause_and_number_of_messages(
         (logging.WARNING, 1),
     ]
     assert all(name in logged[1][1] + logged[2][1] for name in (FAULT, BUSY))
+
+
+def test_message_whose_request_has_given_up_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    requests = Requests(calls=1, seconds=0.2)
+    submit_many(requests, 3)
+    requests.end_call()
+    requests.now += 1
+    requests.threads[2].join(20)
+    requests.end_call(failure="server error")
+    assert outcomes(requests) == "sqq"
+    logged = [(r.getMessage(), r.messages) for r in caplog.records]  # type: ignore[attr-defined]
+    assert logged == [("messages not sent", 2)]
 
 
 # --- Seeing the queue -----------------------------------------------------------------------------
