@@ -8,6 +8,7 @@ what limits a measurement. Beside the two services it serves /control:
           operation, "SSM", "SQS" or "*" to a fault, and the most exact name counts:
             {"kind": "delay", "seconds": 1}     answers that much later
             {"kind": "hang"}                    no answer; the connection closes when the fault ends
+                                                or, with "for_good", never
             {"kind": "reset"}                   the connection is reset, nothing is accepted
             {"kind": "lost_answer"}             accepted, but the connection is reset
             {"kind": "error", "status": 500, "code": "InternalFailure"}
@@ -302,7 +303,8 @@ class Connection(asyncio.Protocol):
             kind = None
         if kind == "hang":
             self.services.answers[f"{operation} hang"] += 1
-            self.hanging.add(self)
+            if not fault.get("for_good"):
+                self.hanging.add(self)
             return
         status, answer, more = 200, b"<html>This is no JSON", ""
         try:

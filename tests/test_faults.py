@@ -42,6 +42,7 @@ from load import Ledger, Load
 
 import app
 
+TOKENS_READ = 'email_processor_token_reads_total{result="success"}'
 TOKEN_READ = "email_processor_token_read_timestamp_seconds"
 THROUGHPUT = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
 Figures = Callable[..., None]
@@ -178,6 +179,7 @@ def test_batch_entries_that_fail_fail_alone_and_no_other_is_sent_twice(
             load.wait()
     ledger = Ledger.of(fake, load)
     figures("10% of batch entries fail", ledger)
+    assert fake.calls("SendMessageBatch") > load.sent / 10, "entries were sent again, in batches"
     assert ledger.statuses[200] / load.sent >= least(0.998, load.sent, full)
     assert set(ledger.statuses) <= {200, 503}
     assert not ledger.lost
@@ -200,7 +202,8 @@ def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
         time.sleep(1.5)
         down = time.monotonic()
         before = load.rate(down - 1, down)
-        fake.set(faults={"SQS": {"kind": "hang"}})
+        # Connections that are lost stay silent, also when SQS is back.
+        fake.set(faults={"SQS": {"kind": "hang", "for_good": True}})
         time.sleep(30 if full else 6.5)
         up = time.monotonic()
         fake.set(faults={})
@@ -248,22 +251,24 @@ def test_sqs_that_comes_back_slower_than_before_is_served_again(
 
 
 def test_single_calls_of_sqs_that_hang_refuse_nobody_else(
-    start_service: StartService,
-    fake: FakeAws,
-    figures: Figures,
-    full: bool,
-    profile: dict[str, str],
+    start_service: StartService, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
-    with start_service(**fake.environment(), **profile) as service:
+    """In a worker of 64 threads; one of two has no other call left soon, and takes SQS for down."""
+    with start_service(**fake.environment(), **THROUGHPUT) as service:
         eventually(lambda: service.ask(post()).status == 200)
         fake.forget()
-        fault = {"kind": "hang", "share": 0.005}
+        fault = {"kind": "hang", "share": 0.01}
         fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
         with Load(service.port) as load:
             time.sleep(30 if full else 6)
-    ledger = Ledger.of(fake, load)
-    figures("0.5% of SQS calls hang", ledger)
-    assert ledger.statuses[200] / load.sent >= 0.995
+    ledger, answers = Ledger.of(fake, load), fake.counts()["answers"]
+    hung = sum(count for name, count in answers.items() if name.endswith(" hang"))
+    slow = sum(seconds > 2 for _, seconds, _ in load.answers)
+    figures("1% of SQS calls hang", ledger, f"{hung} calls hung, {slow} answers took over 2 s")
+    assert hung > 0
+    assert slow <= hung * app.Publisher.MAX_ENTRIES
+    # Twice in a row, with three seconds each, is more than a message has.
+    assert ledger.statuses[200] / load.sent >= 0.998
     assert not ledger.lost
     assert not load.failures
 
@@ -475,8 +480,8 @@ def test_rotated_token_works_at_once_and_the_old_one_ends_within_the_cache_age(
 ) -> None:
     settings = {"TOKEN_CACHE_SECONDS": "2"}
     with start_service(**fake.environment(), **settings) as service:
-        eventually(lambda: fake.calls("GetParameters") == 4)
-        time.sleep(2)  # a worker asks at most once in that time
+        eventually(lambda: service.metrics()[TOKENS_READ] == 4)
+        time.sleep(2.2)  # a worker asks at most once in 2 s
         fake.set(parameters={PARAMETER: "the new one"})
         rotated = time.monotonic()
         new = [service.ask(post(with_token("the new one"))).status for _ in range(20)]
@@ -735,7 +740,7 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
         f"{grown[DURATIONS]:,.0f} counted; {scrapes.answered} scrapes, {len(scrapes.fallen)} falls",
     )
     assert not scrapes.fallen
-    assert scrapes.answered > 2 * kills
+    assert scrapes.answered > kills
     assert scrapes.unanswered <= kills
     assert set(right.statuses) | set(wrong.statuses) == {200, 401}
     for name, (answered, unanswered) in bounds.items():
