@@ -653,7 +653,7 @@ apply_manifests() {
   revision_before=$(revision 2>"$work/error") ||
     die "kubectl does not show the Deployment ($(complaint)). Get access to the namespace $name and run this again."
   config_before=$(kube apply view-last-applied configmap "$name-config" --output json 2>/dev/null) || config_before=""
-  deployment_before=$(kube apply view-last-applied deployment "$name" --output json 2>/dev/null) || deployment_before=""
+  applied_before=$(kube apply view-last-applied deployment "$name" --output json 2>/dev/null) || applied_before=""
   apply "$before"
   wait_for_binding
   widened=no # from here on, new pods may have begun to use what is new
@@ -701,9 +701,10 @@ wait_for_rollout() {
     die "The service does not run, for the reasons above, though this run has not changed its pods. Correct them and run this again."
   fi
   restore_config
-  # The undone manifest is applied, too: kubectl compares the next one with the last that it applied.
+  # kubectl compares the next manifest with the last one that it applied, which undo leaves as it is. It
+  # is only noted here: after an undo by hand it is not what ran.
   if ! { quietly kube rollout undo "deployment/$name" --to-revision "$revision_before" &&
-    { [ -z "$deployment_before" ] || quietly kube apply -f - <<<"$deployment_before"; } &&
+    { [ -z "$applied_before" ] || quietly kube apply set-last-applied -f - <<<"$applied_before"; } &&
     rollout_status; }; then
     die "The roll-out failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
   fi
@@ -879,7 +880,7 @@ read_arguments "$@"
 check_arguments
 stack=$name${environment:+-$environment}
 number=0 steps=0 problems=() parameters=() former=() widened=no changes="" tag="" image="" issuer="" of="" config_checksum=""
-stack_status="" stack_values="" config_before="" deployment_before=""
+stack_status="" stack_values="" config_before="" applied_before=""
 
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN

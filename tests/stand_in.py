@@ -83,6 +83,9 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             if identity not in state["last_applied"]:
                 sys.exit(f'error: no last-applied configuration of "{name}"')
             return json.dumps(state["last_applied"][identity])
+        case ["apply", "set-last-applied", "-f", "-"]:
+            manifest = json.loads(text)
+            state["last_applied"][identity_of(manifest)] = manifest
         case ["apply", "-f", "-"]:
             import yaml  # here, as it would take longer than all else that a call does
 
@@ -102,18 +105,22 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
     return ""
 
 
-def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
-    kind, metadata = manifest["kind"].lower(), manifest["metadata"]
+def identity_of(manifest: dict[str, Any]) -> str:
     group, slash, _ = manifest["apiVersion"].rpartition("/")
-    identity = f"{kind}{'.' if slash else ''}{group}/{metadata['name']}"
+    kind = manifest["kind"].lower()
+    return f"{kind}{'.' if slash else ''}{group}/{manifest['metadata']['name']}"
+
+
+def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
+    identity = identity_of(manifest)
     if manifest["kind"] not in CLUSTER_SCOPED:
-        namespace = f"namespace/{metadata['namespace']}"
+        namespace = f"namespace/{manifest['metadata']['namespace']}"
         assert namespace in state["objects"], f"{identity} comes before {namespace}"
     before, last = (state[found].get(identity) for found in ("objects", "last_applied"))
     if before == last == manifest:
         return f"{identity} unchanged\n"
     state["objects"][identity] = state["last_applied"][identity] = manifest
-    if kind == "deployment" and (before or {}).get("spec") != manifest["spec"]:
+    if manifest["kind"] == "Deployment" and (before or {}).get("spec") != manifest["spec"]:
         state["revisions"].append(manifest)
         if state["rollout_fails"]:
             state["broken"].append(manifest["spec"])

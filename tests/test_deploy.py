@@ -675,6 +675,27 @@ def test_old_pods_keep_their_rights_until_new_ones_serve_and_get_everything_back
     assert now != checksum
 
 
+def test_failed_roll_out_after_an_undo_by_hand_goes_back_to_what_ran(world: World) -> None:
+    world.answer(
+        cloudformation_deploy="",
+        cloudformation_describe_stacks="CREATE_COMPLETE\n",
+        ssm_get_parameter="SecureString",
+    )
+    world.deploy()
+    world.deploy("--token-parameter", "/second")
+    state = world.state
+    first, second = state["revisions"]
+    assert first != second
+    state["objects"][DEPLOYMENT] = first
+    # What was applied last, kubectl notes; an undo does not change it.
+    world.set(objects=state["objects"], revisions=[first, second, first], rollout_fails=True)
+    result = world.run("--token-parameter", "/third")
+    assert result.returncode == 1
+    assert "was undone: revision 3 serves again" in result.stderr
+    assert world.state["objects"][DEPLOYMENT] == first
+    assert world.state["last_applied"][DEPLOYMENT] == second
+
+
 def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(world: World) -> None:
     old, new = ([f"/{kind}/{number}" for number in range(6)] for kind in ("old", "new"))
     values = {
