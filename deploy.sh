@@ -11,7 +11,7 @@ Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
 image tagged by the commit, applies k8s/ and waits until it runs, or else goes back to what ran
 before. It can be run again at any time: only what differs is changed, and an option that is left
-out keeps the value of the last run; --context, --platform and --timeout are not kept.
+out keeps the value of the last run; --context, --platform, --timeout and --check are not kept.
 
 Instead of deploying:
   --dry-run               check everything and say what would be done; nothing is changed
@@ -38,8 +38,12 @@ Options (with the value of the first run):
   --rate-limit NUMBER     requests that one address may send in 5 minutes (2000)
   --alarm-email ADDRESS   where alarms go (nowhere)
   --platform PLATFORM     what the nodes run (linux/amd64)
-  --timeout SECONDS       how long to wait for the ALB, or for each removal from the cluster (300); a
-                          roll-out may take any time, as long as it goes on
+  --timeout SECONDS       how long to wait for the ALB, for its first answer to --check, or for each
+                          removal from the cluster (300); a roll-out may take any time, as long as it
+                          goes on
+  --check URL             run ./test.sh against URL before the rights of what ran before are taken
+                          away, and undo the roll-out if it fails; alb stands for the ALB's own host,
+                          which does for HTTP alone (no check)
 
 Environment:
   API_TOKEN   the token, if the parameter has to be made. Without it you are asked, which keeps the
@@ -125,7 +129,7 @@ read_arguments() {
         continue
         ;;
       --region | --environment | --cluster | --context | --queue-name | --dead-letter-queue | \
-        --certificate-arn | --token-parameter | --token-key-arn | --rate-limit | --alarm-email | --platform | --timeout)
+        --certificate-arn | --token-parameter | --token-key-arn | --rate-limit | --alarm-email | --platform | --timeout | --check)
         [ $# -gt 0 ] && [[ $1 == [!-]* ]] || die "$option needs a value; see --help." 2
         ;;
       -*) die "Unknown option '$option'; see --help." 2 ;;
@@ -148,6 +152,7 @@ read_arguments() {
       --alarm-email) alarm_email=$1 ;;
       --platform) platform=$1 ;;
       --timeout) timeout=$1 ;;
+      --check) check=$1 ;;
     esac
     shift
   done
@@ -181,6 +186,9 @@ check_arguments() {
   check_value --alarm-email "$alarm_email" '([^[:space:]@]+@[^[:space:]@]+)?' "an address"
   check_value --platform "$platform" 'linux/[a-z0-9/]+' "a platform such as linux/arm64"
   check_value --timeout "$timeout" '[1-9][0-9]{0,4}' "a number of seconds"
+  check_value --check "$check" '(alb|https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^[:space:]]*)?)?' "a URL, or alb"
+  [[ $check != alb || $certificate_arn != arn:* ]] ||
+    die "--check alb does for HTTP alone: the certificate is the domain's; give --check https://DOMAIN." 2
   [[ $create_queue = false || $queue_name != *.fifo ]] ||
     die "--create-queue makes standard queues; make $queue_name yourself, and leave the option out." 2
   [ "$delete_queues" = no ] || [ "$mode" = delete ] || die "--delete-queues goes with --delete; see --help." 2
@@ -191,6 +199,7 @@ check_arguments() {
 check_tools() {
   local tool tools=(aws=https://aws.amazon.com/cli kubectl=https://kubernetes.io/docs/tasks/tools)
   [ "$mode" = delete ] || tools+=(docker=https://docs.docker.com/engine/install git=https://git-scm.com)
+  [ -z "$check" ] || tools+=(curl=https://curl.se)
   for tool in "${tools[@]}"; do
     command -v "${tool%%=*}" >/dev/null || problem "${tool%%=*} is missing: install it (${tool#*=})."
   done
@@ -502,6 +511,7 @@ make_token() {
       --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" \
       ${token_key_arn:+--key-id "$token_key_arn"} >/dev/null 2>"$work/error" ||
     die "The token parameter $parameter was not made ($(complaint)). Get the permissions ssm:PutParameter and ssm:AddTagsToResource and run this again."
+  token_found=$parameter
   say "made $parameter; clients need its value: aws ssm get-parameter --with-decryption --region $region --name $parameter"
 }
 
@@ -649,6 +659,8 @@ wait_for_binding() {
 apply_manifests() {
   find_certificate ||
     die "kubectl does not show the Ingress ($(complaint)). Give --certificate-arn (none for HTTP) and run this again."
+  [ "$check" != alb ] || [ -z "$certificate_arn" ] ||
+    die "The service has a certificate, which is the domain's and not the ALB's own host's. Give --check https://DOMAIN and run this again."
   render_all
   revision_before=$(revision 2>"$work/error") ||
     die "kubectl does not show the Deployment ($(complaint)). Get access to the namespace $name and run this again."
@@ -691,14 +703,14 @@ narrow_stack() {
   deploy_stack "TokenParameterNames=$tokens" "FormerQueueName=" "$@"
 }
 
-wait_for_rollout() {
-  ! rollout_status || return 0
-  show_reasons
+# Ends the run, after going back to what ran before.
+go_back() {
+  local failed=$1
   if [ -z "$revision_before" ]; then
     narrow_stack
-    die "The roll-out failed, for the reasons above. It was the first one, so there is nothing to go back to. Correct them and run this again."
+    die "$failed failed, for the reasons above. It is the first deployment, so there is nothing to go back to. Correct them and run this again."
   elif [ "$(revision)" = "$revision_before" ]; then
-    die "The service does not run, for the reasons above, though this run has not changed its pods. Correct them and run this again."
+    die "$failed failed, for the reasons above, though this run has not changed the pods. Correct them and run this again."
   fi
   restore_config
   # kubectl compares the next manifest with the last one that it applied, which undo leaves as it is. It
@@ -706,10 +718,17 @@ wait_for_rollout() {
   if ! { quietly kube rollout undo "deployment/$name" --to-revision "$revision_before" &&
     { [ -z "$applied_before" ] || quietly kube apply set-last-applied -f - <<<"$applied_before"; } &&
     rollout_status; }; then
-    die "The roll-out failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
+    die "$failed failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
   fi
   restore_stack
-  die "The roll-out failed, for the reasons above, and was undone: revision $revision_before serves again. Correct them and run this again."
+  die "$failed failed, for the reasons above, and the deployment was undone: revision $revision_before serves again. Correct them and run this again."
+}
+
+wait_for_rollout() {
+  rollout_status || {
+    show_reasons
+    go_back "The roll-out"
+  }
 }
 
 # --- ALB --------------------------------------------------------------------------------------------
@@ -725,11 +744,35 @@ wait_for_alb() {
   done
 }
 
+show_ingress() {
+  kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true
+}
+
+# Tries the service from outside. A new ALB and its name need some minutes.
+try_service() {
+  local url=${check%/} end=$((SECONDS + timeout))
+  if [ -z "$host" ]; then
+    show_ingress
+    echo "There is no ALB after $timeout s." >&2
+    return 1
+  fi
+  [ "$check" != alb ] || url=http://$host
+  # -q: a .curlrc might change what is sent.
+  until curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" 2>"$work/error"; do
+    if [ "$SECONDS" -ge "$end" ]; then
+      echo "$url/health does not answer after $timeout s ($(complaint))." >&2
+      return 1
+    fi
+    sleep 5
+  done
+  TOKEN_SSM_PARAMETER=$token_found ./test.sh "$url" 2>&1 | sed 's/^/      /'
+}
+
 # The alarms on the ALB name it, so they are made when it is known.
 finish_stack() {
   local balancer="" group=""
   if [ "$role_tokens" != "$tokens" ] || [ -n "$former_queue" ]; then
-    say "wait until the pods of before have stopped, and take their rights away"
+    say "wait until the pods of before have stopped"
     sleep 45 # terminationGracePeriodSeconds
   fi
   [ -z "$host" ] || balancer=$(aws elbv2 describe-load-balancers --output text \
@@ -742,7 +785,7 @@ finish_stack() {
   fi
   narrow_stack
   if [ -z "$host" ]; then
-    kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true
+    show_ingress
     die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
   fi
   echo "deploy.sh: warning: AWS does not show the load balancer $host yet, so its alarms are not made. Run this again in a minute." >&2
@@ -751,7 +794,8 @@ finish_stack() {
 # --- What can be done -------------------------------------------------------------------------------
 
 deploy() {
-  steps=7
+  steps=8
+  [ -z "$check" ] || steps=9
   step "check tools, credentials and cluster"
   preflight
   step "deploy the stack $stack"
@@ -768,8 +812,13 @@ deploy() {
   apply_manifests
   step "wait for the roll-out"
   wait_for_rollout
-  step "wait for the ALB, and make its alarms"
+  step "wait for the ALB"
   wait_for_alb || true
+  if [ -n "$check" ]; then
+    step "check the service at $check"
+    try_service || go_back "The check"
+  fi
+  step "make the alarms of the ALB, and take away the rights of what ran before"
   finish_stack
   local url=http://$host
   [ -z "$certificate_arn" ] || url=https://$host
@@ -779,7 +828,8 @@ deploy() {
 }
 
 dry_run() {
-  steps=7
+  steps=8
+  [ -z "$check" ] || steps=9
   step "check tools, credentials and cluster"
   preflight
   stack_options
@@ -794,7 +844,9 @@ dry_run() {
   find_certificate || true
   step "would apply the manifests of $manifests_folder/ to $cluster, with ${certificate_arn:-no certificate}; --render prints them"
   step "would wait for the roll-out, and undo it if it fails"
-  step "would wait up to $timeout s for the ALB, and make its alarms"
+  step "would wait up to $timeout s for the ALB"
+  if [ -n "$check" ]; then step "would check the service at $check, and undo the roll-out if that fails"; fi
+  step "would make the alarms of the ALB, and take away the rights of what ran before"
   echo "Nothing was changed."
 }
 
@@ -875,7 +927,7 @@ delete_all() {
 
 mode=deploy delete_queues=no create_queue=false ours=false
 region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" dead_letter_queue=""
-certificate_arn="" token_parameter="" token_key_arn="" rate_limit="" alarm_email="" platform=linux/amd64 timeout=300
+certificate_arn="" token_parameter="" token_key_arn="" rate_limit="" alarm_email="" platform=linux/amd64 timeout=300 check=""
 read_arguments "$@"
 check_arguments
 stack=$name${environment:+-$environment}

@@ -311,8 +311,8 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     result = world.run(API_TOKEN=TOKEN, trace=True)
     assert result.returncode == 0, result
 
-    steps = re.findall(r"^\[(\d)/7\] \d+:\d\d \S", result.stdout, re.MULTILINE)
-    assert steps == ["1", "2", "3", "4", "5", "6", "7"]
+    steps = re.findall(r"^\[(\d)/8\] \d+:\d\d \S", result.stdout, re.MULTILINE)
+    assert steps == ["1", "2", "3", "4", "5", "6", "7", "8"]
     url = f"http://{world.state['hostname']}"
     assert re.fullmatch(rf"Deployed in \d+ s: {url}", result.stdout.splitlines()[-1])
     assert world.verbs("docker").count("build") == world.verbs("docker").count("push") == 1
@@ -651,8 +651,8 @@ def test_old_pods_keep_their_rights_until_new_ones_serve_and_get_everything_back
     result = world.run(*change)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        "deploy.sh: The roll-out failed, for the reasons above, and was undone: revision 1 serves "
-        "again. Correct them and run this again."
+        "deploy.sh: The roll-out failed, for the reasons above, and the deployment was undone: "
+        "revision 1 serves again. Correct them and run this again."
     )
     assert "Back-off pulling image" in result.stderr
     assert "AWS_REGION must be a region" in result.stderr
@@ -691,9 +691,105 @@ def test_failed_roll_out_after_an_undo_by_hand_goes_back_to_what_ran(world: Worl
     world.set(objects=state["objects"], revisions=[first, second, first], rollout_fails=True)
     result = world.run("--token-parameter", "/third")
     assert result.returncode == 1
-    assert "was undone: revision 3 serves again" in result.stderr
+    assert "the deployment was undone: revision 3 serves again" in result.stderr
     assert world.state["objects"][DEPLOYMENT] == first
     assert world.state["last_applied"][DEPLOYMENT] == second
+
+
+@dataclass
+class Checked:
+    """A checkout whose test.sh and the machine's curl only say what they are asked."""
+
+    world: World
+    checkout: Path
+
+    def __post_init__(self) -> None:
+        self.world.answer(
+            cloudformation_deploy="",
+            cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
+            ssm_get_parameter="SecureString",
+        )
+        self.serve()
+
+    def serve(self, health: int = 0, passes: int = 0) -> None:
+        executable(self.world.folder / "bin" / "curl", f"#!/bin/sh\nexit {health}\n")
+        executable(
+            self.checkout / "test.sh",
+            f'#!/bin/sh\necho "$1 $TOKEN_SSM_PARAMETER $AWS_REGION"\nexit {passes}\n',
+        )
+
+    def run(self, *options: str) -> subprocess.CompletedProcess[str]:
+        script = str(self.checkout / "deploy.sh")
+        return self.world.execute(script, REGISTRY, ACCOUNT, "--timeout", "1", *options)
+
+
+@pytest.fixture
+def checked(world: World, clean_checkout: Path) -> Checked:
+    return Checked(world, clean_checkout)
+
+
+def test_check_asks_the_service_before_the_rights_of_before_are_gone(checked: Checked) -> None:
+    for variable in ("TOKEN_SSM_PARAMETER", "AWS_REGION"):
+        assert f"${{{variable}:-" in (PROJECT / "test.sh").read_text("utf-8")
+    result = checked.run("--check", "alb", "--token-parameter", "/new")
+    assert (result.returncode, result.stderr) == (0, ""), result
+    assert f"      http://{checked.world.state['hostname']} /new {REGION}\n" in result.stdout
+    assert "[8/9]" in result.stdout
+    narrow = checked.world.answered("cloudformation deploy")[-1]
+    assert "TokenParameterNames=/new FormerQueueName= " in narrow
+
+    url = "https://mail.example"
+    result = checked.run("--check", f"{url}/", "--token-parameter", "/new")
+    assert f"      {url} /new {REGION}\n" in result.stdout
+
+    # Before anything is applied: it could not succeed.
+    checked.world.client("acm").request_certificate(DomainName="mail.example")
+    state = checked.world.state
+    ingress = state["objects"]["ingress.networking.k8s.io/email-processor-ingress"]
+    ingress["metadata"]["annotations"]["alb.ingress.kubernetes.io/certificate-arn"] = CERTIFICATE
+    checked.world.set(objects=state["objects"])
+    result = checked.run("--check", "alb")
+    assert result.returncode == 1
+    assert "Give --check https://DOMAIN" in result.stderr
+    assert checked.world.applied() == []
+
+
+@pytest.mark.parametrize(
+    ("hostname", "health", "passes", "reason"),
+    [
+        ("alb.example", 0, 1, "http://alb.example /new us-west-1"),
+        ("alb.example", 28, 0, "http://alb.example/health does not answer after 1 s"),
+        ("", 0, 0, "There is no ALB after 1 s"),
+    ],
+)
+def test_check_that_fails_undoes_the_deployment(
+    checked: Checked, hostname: str, health: int, passes: int, reason: str
+) -> None:
+    world = checked.world
+    assert checked.run("--token-parameter", "/old").returncode == 0
+    before = world.state
+    world.set(hostname=hostname)
+    checked.serve(health, passes)
+    result = checked.run("--check", "alb", "--token-parameter", "/new")
+    assert result.returncode == 1
+    assert reason in result.stdout + result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "deploy.sh: The check failed, for the reasons above, and the deployment was undone: "
+        "revision 1 serves again. Correct them and run this again."
+    )
+    assert world.state["objects"] == before["objects"]
+    assert world.state["last_applied"] == before["last_applied"]
+    wide, back = world.answered("cloudformation deploy")[-2:]
+    assert "TokenParameterNames=/new,/old " in wide
+    assert "TokenParameterNames=/old " in back, "and never without it"
+
+
+def test_first_check_that_fails_has_nothing_to_go_back_to(checked: Checked) -> None:
+    checked.serve(passes=1)
+    result = checked.run("--check", "alb")
+    assert result.returncode == 1
+    assert "The check failed, for the reasons above. It is the first deployment" in result.stderr
+    assert "undo" not in str(checked.world.calls("kubectl"))
 
 
 def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(world: World) -> None:
@@ -825,6 +921,11 @@ def test_manifests_are_rendered_without_any_tool_but_git(
         ([REGISTRY, ACCOUNT, "--token-parameter", "token"], "is not a parameter's name"),
         ([REGISTRY, ACCOUNT, "--certificate-arn", "x"], "is not the ARN of an ACM certificate"),
         ([REGISTRY, ACCOUNT, "--timeout", "0"], "--timeout '0' is not a number of seconds"),
+        ([REGISTRY, ACCOUNT, "--check", "lb"], "--check 'lb' is not a URL, or alb"),
+        (
+            [REGISTRY, ACCOUNT, "--check", "alb", "--certificate-arn", CERTIFICATE],
+            "give --check https://DOMAIN",
+        ),
         ([REGISTRY, ACCOUNT, "--queue-name", "a;b"], "--queue-name 'a;b' is not a queue's name"),
         ([REGISTRY, ACCOUNT, "--queue-name", "a.fifo", "--create-queue"], "standard queues"),
         ([REGISTRY, ACCOUNT, "--render", "--delete"], "Only one of"),

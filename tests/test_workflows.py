@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -21,9 +19,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import PROJECT
-from test_deploy import CLUSTER, REGION, World
-from test_deploy import emulator as emulator
-from test_deploy import world as world
 from test_scripts import environment, executable
 
 FILES = sorted((PROJECT / ".github" / "workflows").glob("*"))
@@ -38,7 +33,7 @@ JOBS = {
 }
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
 SCRIPTS = {step["name"]: step["run"] for step in STEPS if "run" in step}
-OWN = (".ci/run", "./deploy.sh", "./setup-local.sh", "./test.sh", ".venv/bin/pip-audit")
+OWN = (".ci/run", "./deploy.sh", "./setup-local.sh", ".venv/bin/pip-audit")
 
 
 def triggers(workflow: dict[Any, Any]) -> dict[str, Any]:
@@ -189,123 +184,47 @@ def test_step_is_clean_under_shellcheck(name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# --- The steps of a deployment --------------------------------------------------------------------
-
-
-def shell(name: str) -> list[str]:
-    """A step as the runner starts it."""
-    return ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", SCRIPTS[name]]
-
-
-needs_aws = pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
-
-
-@dataclass
-class Runner:
-    world: World
-
-    def step(self, name: str, options: str = "") -> str:
-        """What the step prints; it succeeds."""
-        result = self.world.execute(
-            *shell(name),
-            AWS_REGION=REGION,
-            AWS_DEFAULT_REGION=REGION,  # the AWS action sets both
-            EKS_CLUSTER=CLUSTER,
-            RUNNER_TEMP=str(self.world.folder),
-            DEPLOY_OPTIONS=options,
-        )
-        assert result.returncode == 0, result
-        return result.stdout
-
-    def deploy(self, options: str = "") -> None:
-        self.step("Note what runs")
-        self.step("Deploy", options)
-
-    def set_settings(self, data: dict[str, str]) -> None:
-        state = self.world.state
-        for manifests in (state["objects"], state["last_applied"]):
-            manifests["configmap/email-processor-config"]["data"] = data
-        self.world.set(**state)
-
-    def running(self) -> tuple[Any, Any]:
-        objects = self.world.state["objects"]
-        return (
-            objects["deployment.apps/email-processor"]["spec"],
-            objects["configmap/email-processor-config"]["data"],
-        )
-
-
-@pytest.fixture
-def runner(world: World) -> Runner:
-    return Runner(world)
-
-
-@needs_aws
-def test_rollback_undoes_what_this_deployment_has_changed_and_nothing_else(runner: Runner) -> None:
-    runner.world.answer(ssm_get_parameter="SecureString")
-    runner.deploy()
-    assert "the first deployment" in runner.step("Roll back")
-    runner.set_settings({"sqs_queue_url": "https://sqs/old"})
-    before = runner.running()
-
-    runner.deploy("--token-parameter /other --rate-limit 300")
-    changed = runner.running()
-    assert changed[0] != before[0]
-    assert changed[1] != before[1]
-    assert runner.world.stack()["RateLimit"] == "300"
-    assert "Revision 1 serves again" in runner.step("Roll back")
-    assert runner.running() == before
-    words = [call["arguments"][2] for call in runner.world.calls("kubectl")]
-    assert words == ["get", "apply", "rollout", "rollout"], "pods read settings as they start"
-
-    runner.step("Note what runs")
-    assert "has not changed the pods" in runner.step("Roll back")
-
-
-def test_rollback_follows_a_deployment_that_did_not_pass_its_smoke_test() -> None:
-    steps = JOBS["deploy/deploy"]["steps"]
-    names = [step.get("id") or step.get("name") for step in steps if "run" in step]
-    assert names == ["Note what runs", "deploy", "smoke", "Roll back"]
-    assert steps[-1]["if"] == (
-        "always() && steps.deploy.outcome == 'success' && steps.smoke.outcome != 'success'"
-    )
-    assert [step["if"] for step in steps if "if" in step] == [steps[-1]["if"]]
+# --- The deployment -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("variable", "parameter", "answers", "expected"),
+    ("variable", "options", "expected"),
     [
-        ("", "", True, "http://alb.example /email-service/api-token"),
-        ("", "/other,/next", True, "http://alb.example /other,/next"),
-        ("https://mail.example", "", True, "https://mail.example /email-service/api-token"),
-        ("", "", False, ""),
+        ("", "", ["alb"]),
+        ("https://mail.example", "--timeout 600", ["https://mail.example", "--timeout", "600"]),
+        (
+            "",
+            "--create-queue\n--rate-limit 300\n",
+            ["alb", "--create-queue", "--rate-limit", "300"],
+        ),
     ],
 )
-def test_smoke_test_asks_the_service_with_the_token_that_its_pods_accept(
-    tmp_path: Path, variable: str, parameter: str, answers: bool, expected: str
+def test_deployment_is_one_command_which_checks_the_service_and_undoes_what_fails(
+    tmp_path: Path, variable: str, options: str, expected: list[str]
 ) -> None:
-    tools = tmp_path / "bin"
-    executable(
-        tools / "kubectl",
-        '#!/bin/sh\ncase "$*" in\n'
-        "*' get ingress email-processor-ingress '*hostname*) printf alb.example ;;\n"
-        f"*' get deployment email-processor '*TOKEN_SSM_PARAMETER*) printf %s '{parameter}' ;;\n"
-        "*) exit 1 ;;\nesac\n",
-    )
-    curl = '#!/bin/sh\nfor url in "$@"; do :; done\n[ "${url##*/}" = health ] || exit 3\n'
-    executable(tools / "curl", curl + ("" if answers else "exit 28\n"))
-    default = "${TOKEN_SSM_PARAMETER:-/email-service/api-token}"
-    assert default in (PROJECT / "test.sh").read_text("utf-8")
-    executable(tmp_path / "test.sh", f'#!/bin/sh\necho "$* {default}"\n')
-    path = f"{tools}:{environment()['PATH']}"
+    steps = JOBS["deploy/deploy"]["steps"]
+    assert [step["name"] for step in steps if "run" in step] == ["Deploy"]
+    assert steps[-1]["name"] == "Deploy"
+    assert not [step for step in steps if "if" in step or "continue-on-error" in step]
+    executable(tmp_path / "bin" / "aws", "#!/bin/sh\necho 123456789012\n")
+    executable(tmp_path / "deploy.sh", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
     done = subprocess.run(
-        shell("Smoke test"),
+        # As the runner starts it.
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", SCRIPTS["Deploy"]],
         cwd=tmp_path,
-        env=environment(PATH=path, SERVICE_URL=variable),
+        env=environment(
+            PATH=f"{tmp_path / 'bin'}:{environment()['PATH']}",
+            AWS_REGION="us-west-1",
+            EKS_CLUSTER="cluster",
+            SERVICE_URL=variable,
+            DEPLOY_OPTIONS=options,
+        ),
         capture_output=True,
         text=True,
     )
-    assert (done.returncode == 0, done.stdout.strip()) == (answers, expected), done
+    registry = "123456789012.dkr.ecr.us-west-1.amazonaws.com"
+    always = [registry, "123456789012", "--region", "us-west-1", "--cluster", "cluster", "--check"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, always + expected), done
 
 
 def pipeline_section() -> str:
