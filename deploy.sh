@@ -16,6 +16,7 @@ out keeps the value of the last run; --context, --platform, --timeout and --chec
 Instead of deploying:
   --dry-run               check everything and say what would be done; nothing is changed
   --render                print the manifests as they would be applied, for kubectl apply -f -
+                          (where the AWS command line is not installed: those of a first run)
   --delete                remove all that was made here. Queues stay, with their messages
   --delete-queues         with --delete: remove the queues that the stack made, too
 
@@ -530,6 +531,15 @@ find_digest() {
     grep -F "$repository@sha256:" | head -n 1)
 }
 
+# The same for an image that this machine has never had.
+ask_registry() {
+  local digest
+  [[ $registry == *.dkr.ecr.* ]] &&
+    digest=$(aws ecr describe-images --repository-name "${repository#*/}" --image-ids "imageTag=$tag" \
+      --query 'imageDetails[0].imageDigest' --output text 2>/dev/null) && [[ $digest == sha256:* ]] &&
+    image=$repository@$digest
+}
+
 push_image() {
   log_in
   if docker pull --quiet --platform "$platform" "$repository:$tag" >/dev/null 2>&1 && find_digest; then
@@ -557,6 +567,8 @@ read_outputs() {
   role_arn=${role_arn:-arn:aws:iam::$account:role/$name-role${environment:+-$environment}}
   queue_url=$(value_of QueueUrl)
   queue_url=${queue_url:-https://sqs.$region.amazonaws.com/$account/$queue}
+  # --render with another --queue-name: the stack does not have it yet.
+  [ "$queue" = "$(value_of QueueName)" ] || queue_url=${queue_url%/*}/$queue
   web_acl_arn=$(value_of WebAclArn)
 }
 
@@ -583,8 +595,8 @@ render() {
   local part=$1 file expressions=(
     -e "s|https://sqs\.us-west-1\.amazonaws\.com/ACCOUNT_ID/dev-CP-queue|$queue_url|g"
     -e "s|arn:aws:iam::ACCOUNT_ID:role/email-processor-role|$role_arn|g"
+    -e "s|aws_region: us-west-1|aws_region: $region|"
     -e "s|image: IMAGE|image: $image|" -e "s|CONFIG_CHECKSUM|$config_checksum|"
-    -e "s|ACCOUNT_ID|$account|g" -e "s|us-west-1|$region|g"
   )
   if [ -n "$certificate_arn" ]; then
     expressions+=(-e '/# without a certificate$/d' -e 's| *# with a certificate$||' -e "s|CERTIFICATE_ARN|$certificate_arn|g")
@@ -856,18 +868,21 @@ print_manifests() {
   if ! { command -v git >/dev/null && find_tag; }; then
     die "The image's tag is the commit, and git does not tell it. Render in a git clone."
   fi
-  if ! { check_credentials && read_stack && [ -n "$stack_status" ]; }; then
-    [ "${of:-$account}" = "$account" ] || die "${problems[0]}"
+  # Names of a first run in place of the real ones would lead the service elsewhere.
+  if command -v aws >/dev/null; then
+    check_credentials || die "${problems[0]}"
+    read_stack || die "AWS does not show the stack $stack ($(complaint)). Get the permission cloudformation:DescribeStacks and run this again."
+  fi
+  if [ -z "$stack_status" ]; then
     stack_values=""
     echo "deploy.sh: note: there is no stack $stack to ask, so names are those of a first run, without a web ACL." >&2
   fi
   complete_options
   read_outputs
-  image=$repository:$tag
-  if command -v docker >/dev/null && ! find_digest 2>/dev/null; then
+  find_digest 2>/dev/null || ask_registry || {
     image=$repository:$tag
-    echo "deploy.sh: note: the image is not pushed from here yet, so it is named by its tag." >&2
-  fi
+    echo "deploy.sh: note: neither docker here nor ECR knows a digest of the image, so it is named by its tag; deploy it first." >&2
+  }
   if [ -z "$certificate_arn" ] && ! { command -v kubectl >/dev/null && make_kubeconfig && find_certificate; }; then
     [ -z "$stack_status" ] ||
       die "The cluster $cluster does not tell its certificate, without which tokens might travel in clear text. Correct --cluster or --context, or give --certificate-arn (none for HTTP)."

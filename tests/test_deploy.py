@@ -869,6 +869,47 @@ def test_another_region_is_rendered_everywhere(world: World) -> None:
     assert f"https://sqs.{region}.amazonaws.com/{ACCOUNT}/dev-CP-queue" in result.stdout
 
 
+def test_render_stops_when_aws_does_not_say_whether_there_is_a_stack(world: World) -> None:
+    """Else a service would get the queue of a first run, no web ACL, and plain HTTP."""
+    refused = "An error occurred (AccessDenied) when calling the DescribeStacks operation"
+    world.answer()
+    stub = world.folder / "bin" / "aws"
+    case = f"'cloudformation describe-stacks') echo '{refused}' >&2; exit 254 ;;\n"
+    stub.write_text(stub.read_text().replace("*) exec", f"{case}*) exec"))
+    result = world.run("--render")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"does not show the stack email-processor ({refused})" in result.stderr
+
+    url = f"http://127.0.0.1:{free_port()}"
+    stub.unlink()
+    result = world.run("--render", AWS_ENDPOINT_URL=url, AWS_MAX_ATTEMPTS="1")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert_one_line(result, "AWS does not say whose the credentials are (Could not connect")
+
+
+def test_render_fills_in_the_region_but_leaves_it_in_names(world: World) -> None:
+    values = {**OUTPUTS, "QueueName": "theirs", "TokenParameterNames": "/us-west-1/token"}
+    lines = "".join(f"{name}\t{value}\n" for name, value in values.items())
+    digest = f"sha256:{'0' * 64}"
+    world.answer(
+        cloudformation_describe_stacks=f"UPDATE_COMPLETE\n{lines}", ecr_describe_images=digest
+    )
+    options = ("--render", "--queue-name", "orders-us-west-1", "--region", "eu-west-1")
+    manifests = list(yaml.safe_load_all(world.deploy(*options)))
+    (config,) = [m for m in manifests if m["kind"] == "ConfigMap"]
+    assert config["data"] == {
+        "sqs_queue_url": OUTPUTS["QueueUrl"].replace("theirs", "orders-us-west-1"),
+        "aws_region": "eu-west-1",
+    }
+    # The registry knows the image that was pushed from elsewhere.
+    assert container(manifests)["image"] == f"{OUTPUTS['RepositoryUri']}@{digest}"
+    assert {"name": "TOKEN_SSM_PARAMETER", "value": "/us-west-1/token"} in container(manifests)[
+        "env"
+    ]
+    (asked,) = world.answered("ecr describe-images")
+    assert "--repository-name theirs --image-ids imageTag=" in asked
+
+
 def test_render_does_not_take_a_certificate_away_that_it_cannot_see(world: World) -> None:
     world.answer()
     world.set(unreadable="ingress")
