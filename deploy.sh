@@ -48,8 +48,8 @@ Options (with the value of the first run):
 
 Environment:
   API_TOKEN   the token, if the parameter has to be made. Without it you are asked, which keeps the
-              token out of the environment and the shell's history; without a terminal, or if you
-              answer nothing, one is made up
+              token out of the environment and the shell's history; if you answer nothing, or without
+              a terminal at the first run, one is made up
   AWS_*, DOCKER_*, KUBECONFIG   as for these tools
 
 Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument.
@@ -388,6 +388,30 @@ check_queue() {
   fi
 }
 
+# Sets token_found to the first of the parameters that exists, "" if none does.
+check_token() {
+  local parameter missing=""
+  token_found=""
+  for parameter in ${tokens//,/ }; do
+    if aws ssm get-parameter --name "$parameter" --query Parameter.Type >/dev/null 2>"$work/error"; then
+      token_found=${token_found:-$parameter}
+    elif grep -q ParameterNotFound "$work/error"; then
+      missing+=" $parameter"
+    else
+      problem "AWS does not show the token parameter $parameter ($(complaint)): get the permission ssm:GetParameter."
+      return 0
+    fi
+  done
+  if [ -n "$token_found" ]; then
+    for parameter in $missing; do
+      say "note: the token parameter $parameter does not exist, so no token of it is accepted"
+    done
+  # A random token in place of a mistyped name would cut off every client of a service that runs.
+  elif [ -n "$stack_status" ] && [ -z "${API_TOKEN:+given}" ] && [ ! -t 0 ]; then
+    problem "The token parameter ${tokens%%,*} does not exist: correct --token-parameter, or give its value in API_TOKEN."
+  fi
+}
+
 preflight() {
   check_tools
   if [ "$mode" != delete ]; then check_registry; fi
@@ -396,6 +420,7 @@ preflight() {
     complete_options
     if check_cluster; then check_objects; fi
     if [ "$mode" != delete ]; then
+      check_token
       check_queue
       check_certificate
     fi
@@ -475,25 +500,13 @@ clean_up() {
 
 # --- Token ------------------------------------------------------------------------------------------
 
-# Sets token_found to the first of the parameters that exists; status 1 if none does.
-find_token_parameter() {
-  for token_found in ${tokens//,/ }; do
-    if aws ssm get-parameter --name "$token_found" --query Parameter.Type >/dev/null 2>"$work/error"; then
-      return
-    fi
-    grep -q ParameterNotFound "$work/error" ||
-      die "AWS does not show the token parameter $token_found ($(complaint)). Get the permission ssm:GetParameter and run this again."
-  done
-  return 1
-}
-
 # The value of a new parameter. It stays in this subshell and in a pipe: arguments, exported variables
 # and the shell's trace can be seen by others.
 token() (
   { set +x; } 2>/dev/null
   token=${API_TOKEN:-}
   if [ -z "$token" ] && [ -t 0 ]; then
-    read -rsp '      Token (nothing: make one up): ' token
+    read -rsp "      Token for ${tokens%%,*} (nothing: make one up): " token
     echo >&2
   fi
   [ -n "$token" ] || token=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n')
@@ -502,7 +515,7 @@ token() (
 
 make_token() {
   local parameter
-  if find_token_parameter; then
+  if [ -n "$token_found" ]; then
     say "keep $token_found"
     return
   fi
@@ -847,7 +860,7 @@ dry_run() {
   stack_options
   step "would deploy the stack $stack (${stack_status:-there is none yet}) with ${parameters[*]}"
   read_outputs
-  if find_token_parameter; then
+  if [ -n "$token_found" ]; then
     step "would keep the token parameter $token_found"
   else
     step "would make the token parameter ${tokens%%,*}"

@@ -561,6 +561,34 @@ def test_preflight_refuses(world: World, options: list[str], problems: list[str]
     assert_nothing_was_changed(world)
 
 
+@pytest.mark.parametrize("mode", ["", "--dry-run"])
+def test_token_of_a_service_that_runs_is_not_made_up(world: World, mode: str) -> None:
+    """A mistyped name would cut off every client."""
+    world.answer(
+        cloudformation_deploy="", cloudformation_describe_stacks="UPDATE_COMPLETE\nQueueName\tq\n"
+    )
+    typo = ("--token-parameter", "/email-service/api-tokne", "--queue-name", "dev-CP-queue")
+    result = world.run(mode, *typo) if mode else world.run(*typo)
+    assert result.returncode == 1
+    assert (
+        "The token parameter /email-service/api-tokne does not exist: correct --token-parameter, "
+        "or give its value in API_TOKEN." in result.stderr
+    )
+    assert_nothing_was_changed(world)
+
+
+def test_new_token_of_a_service_that_runs_is_the_one_that_is_given(world: World) -> None:
+    world.answer(
+        cloudformation_deploy="", cloudformation_describe_stacks="UPDATE_COMPLETE\nQueueName\tq\n"
+    )
+    new = ("--token-parameter", "/new,/next", "--queue-name", "dev-CP-queue")
+    assert "made /new;" in world.deploy(*new, API_TOKEN=TOKEN)
+    assert world.token("/new")["Value"] == TOKEN
+    output = world.deploy(*new, "--dry-run")
+    assert "note: the token parameter /next does not exist" in output
+    assert "would keep the token parameter /new" in output
+
+
 @pytest.mark.parametrize("mode", ["--dry-run", "--render"])
 def test_wrong_account_is_refused(world: World, mode: str) -> None:
     result = world.run(mode, account="999999999999")
