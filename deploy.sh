@@ -329,7 +329,8 @@ make_kubeconfig() {
   fi
 }
 
-# The controller must be there, and no other deployment, whose objects would be replaced or deleted.
+# The controller must be there, and no paused Deployment, and nothing of another deployment, which would
+# be replaced or deleted.
 check_objects() {
   local found owner other
   command -v kubectl >/dev/null || return 0
@@ -338,7 +339,7 @@ check_objects() {
     return 0
   }
   if ! { found=$(kube get deployments.apps,ingressclasses.networking.k8s.io --all-namespaces \
-    --output 'jsonpath={range .items[*]}{.metadata.name} {.spec.controller}{"\n"}{end}' 2>"$work/error") &&
+    --output 'jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name} {.spec.controller}{.spec.paused}{"\n"}{end}' 2>"$work/error") &&
     owner=$(kube get serviceaccount "$name-sa" --ignore-not-found \
       --output 'jsonpath={.metadata.annotations.eks\.amazonaws\.com/role-arn}' 2>"$work/error"); }; then
     problem "kubectl does not reach the cluster $cluster ($(complaint)): check the network, and that your role has access (aws eks list-access-entries --cluster-name $cluster)."
@@ -352,10 +353,12 @@ check_objects() {
     [ -n "$(kube get namespace "$name" --ignore-not-found --output name)" ]; then
     problem "There is no stack $stack, so the namespace $name of $cluster may be another's: correct --environment or --cluster."
   fi
-  # EKS Auto Mode brings its own controller, which no Deployment shows.
-  grep -qE '^aws-load-balancer-controller |(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$' <<<"$found" ||
-    [ "$mode" = delete ] ||
-    problem "The cluster has no AWS Load Balancer Controller: install it (https://docs.aws.amazon.com/eks/latest/userguide/lbc-helm.html)."
+  [ "$mode" != delete ] || return 0
+  # The class stands for the controller: EKS Auto Mode's own has no Deployment.
+  grep -qE '^/alb (ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$' <<<"$found" ||
+    problem "The cluster has no IngressClass alb of a load balancer controller: install the AWS Load Balancer Controller (https://docs.aws.amazon.com/eks/latest/userguide/lbc-helm.html), which brings it; for EKS Auto Mode make it as SETUP.md says."
+  ! grep -q "^$name/$name true$" <<<"$found" ||
+    problem "The Deployment is paused, so nothing would roll out: run kubectl --namespace $name rollout resume deployment/$name."
 }
 
 check_certificate() {
@@ -621,11 +624,12 @@ render() {
   else
     expressions+=(-e '/# with a web ACL$/d')
   fi
-  # The ALB's readiness gate goes only into pods that come after Service and Ingress.
+  # The ALB's readiness gate goes only into pods that come after Service and Ingress. The Deployment is
+  # alone, so that when something is refused no roll-out has begun that nobody waits for.
   case $part in
     config) cat "$manifests_folder/configmap.yaml" ;;
     before)
-      for file in namespace configmap serviceaccount networkpolicy; do
+      for file in namespace configmap serviceaccount networkpolicy pdb hpa; do
         cat "$manifests_folder/$file.yaml"
         echo ---
       done
@@ -633,13 +637,7 @@ render() {
       echo ---
       cat "$manifests_folder/ingress.yaml"
       ;;
-    after)
-      document deployment Deployment
-      for file in pdb hpa; do
-        echo ---
-        cat "$manifests_folder/$file.yaml"
-      done
-      ;;
+    after) document deployment Deployment ;;
   esac | sed -E "${expressions[@]}"
 }
 

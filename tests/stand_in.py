@@ -57,7 +57,8 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
         case ["config", "view", *_]:
             return "apiVersion: v1\nkind: Config\n"
         case ["get", "deployments.apps,ingressclasses.networking.k8s.io", *_]:
-            return "".join(f"{name} \n" for name in state["controllers"])
+            paused = "email-processor/email-processor true\n" if state["paused"] else ""
+            return "".join(f"/{name}\n" for name in state["ingress_classes"]) + paused
         case ["get", "ingress", _, *_] if "certificate-arn" in output:
             ingress = objects.get("ingress.networking.k8s.io/email-processor-ingress", {})
             annotations = ingress.get("metadata", {}).get("annotations", {})
@@ -90,7 +91,14 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             import yaml  # here, as it would take longer than all else that a call does
 
             sys.stderr.write(state["warning"])
-            return "".join(apply(state, manifest) for manifest in yaml.safe_load_all(text))
+            manifests = list(yaml.safe_load_all(text))
+            printed = "".join(
+                apply(state, each) for each in manifests if each["kind"] != state["refused"]
+            )
+            if state["refused"] in [manifest["kind"] for manifest in manifests]:
+                save(state)
+                sys.exit(f"Error from server (Invalid): {state['refused']} is invalid")
+            return printed
         case ["rollout", "status", *_]:
             if deployment.get("spec") in state["broken"]:
                 sys.exit("error: deployment exceeded its progress deadline")
@@ -127,6 +135,10 @@ def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
     return f"{identity} {'configured' if before else 'created'}\n"
 
 
+def save(state: dict[str, Any]) -> None:
+    (FOLDER / "state.json").write_text(json.dumps(state))
+
+
 def main() -> None:
     tool, *arguments = sys.argv[1:]
     reads = {"-f", "--password-stdin"} & set(arguments)
@@ -134,14 +146,13 @@ def main() -> None:
     with (FOLDER / "calls.jsonl").open("a") as calls:
         call = {"tool": tool, "arguments": arguments, "stdin": text, "names": [*os.environ]}
         calls.write(json.dumps(call) + "\n")
-    path = FOLDER / "state.json"
-    state = json.loads(path.read_text())
+    state = json.loads((FOLDER / "state.json").read_text())
     match tool:
         case "docker":
             sys.stdout.write(docker(state, arguments))
         case "kubectl":
             sys.stdout.write(kubectl(state, arguments, text))
-    path.write_text(json.dumps(state))
+    save(state)
 
 
 main()

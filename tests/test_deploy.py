@@ -114,7 +114,9 @@ class World:
             revisions=[],
             broken=[],
             rollout_fails=False,
-            controllers=["aws-load-balancer-controller"],
+            refused="",
+            ingress_classes=["alb ingress.k8s.aws/alb"],
+            paused=False,
             hostname=self.make_load_balancer(),
         )
 
@@ -518,7 +520,8 @@ def test_all_problems_are_listed_at_once_and_nothing_is_changed(world: World) ->
         ][0]["Arn"]
     )
     world.client("sqs").delete_queue(QueueUrl=world.queue_url)
-    world.set(controllers=["coredns"], buildx=False)
+    classes = ["nginx k8s.io/ingress-nginx", "internal eks.amazonaws.com/alb"]
+    world.set(ingress_classes=classes, paused=True, buildx=False)
     world.runs_deployment(f"{ROLE}-test")
     result = world.run("--certificate-arn", CERTIFICATE)
     assert result.returncode == 1
@@ -527,13 +530,14 @@ def test_all_problems_are_listed_at_once_and_nothing_is_changed(world: World) ->
         "docker has no buildx",
         "OIDC provider",
         f"The cluster {CLUSTER} belongs to the environment test (role {ROLE}-test): give --cluster",
-        "AWS Load Balancer Controller",
+        "The cluster has no IngressClass alb of a load balancer controller",
+        "paused, so nothing would roll out: run kubectl --namespace email-processor rollout resume",
         "There is no queue dev-CP-queue",
         f"The certificate {CERTIFICATE} is not ISSUED (An error occurred (ResourceNotFound",
     ]
     for problem, words in zip(problems, expected, strict=True):
         assert words in problem
-    assert summary.startswith("deploy.sh: 6 problem(s)")
+    assert summary.startswith("deploy.sh: 7 problem(s)")
     assert_nothing_was_changed(world)
 
 
@@ -722,6 +726,21 @@ def test_failed_roll_out_after_an_undo_by_hand_goes_back_to_what_ran(world: Worl
     assert "the deployment was undone: revision 3 serves again" in result.stderr
     assert world.state["objects"][DEPLOYMENT] == first
     assert world.state["last_applied"][DEPLOYMENT] == second
+
+
+@pytest.mark.parametrize("kind", ["PodDisruptionBudget", "HorizontalPodAutoscaler", "Deployment"])
+def test_manifest_that_is_refused_leaves_no_roll_out_behind(world: World, kind: str) -> None:
+    world.answer(
+        cloudformation_deploy="",
+        cloudformation_describe_stacks="CREATE_COMPLETE\n",
+        ssm_get_parameter="SecureString",
+    )
+    world.set(refused=kind)
+    result = world.run()
+    assert result.returncode == 1
+    assert f"{kind} is invalid" in result.stderr
+    assert "The manifests were not all applied" in result.stderr
+    assert world.state["revisions"] == []
 
 
 @dataclass
