@@ -282,18 +282,18 @@ check_stack() {
   esac
 }
 
-# Options that were not given: as in the last run, else as in --help. The queue of a run that broke
-# off does not count.
+# Options that were not given: as in the last run, else as in --help. A run that broke off while the
+# queue changed leaves two: last_queue is the one that is not asked for now.
 complete_options() {
   last_cluster=$(value_of ClusterName)
   cluster=${cluster:-${last_cluster:-dev-CP-EKS-CLUSTER}}
   last_queue=$(value_of FormerQueueName)
-  last_queue=${last_queue:-$(value_of QueueName)}
+  [ -n "$last_queue" ] && [ "$last_queue" != "$queue_name" ] || last_queue=$(value_of QueueName)
   queue=${queue_name:-${last_queue:-dev-CP-queue}}
   last_tokens=$(value_of TokenParameterNames)
   tokens=${token_parameter:-${last_tokens:-/email-service/${environment:+$environment/}api-token}}
   dead_letters=$dead_letter_queue
-  [ -n "$dead_letters" ] || [ "$queue" != "$last_queue" ] || dead_letters=$(value_of DeadLetterQueueName)
+  [ -n "$dead_letters" ] || [ "$queue" != "$(value_of QueueName)" ] || dead_letters=$(value_of DeadLetterQueueName)
   if [ "$(value_of CreateQueue)" = true ] && [ "$queue" = "$(value_of QueueName)" ]; then ours=true; fi
 }
 
@@ -371,7 +371,12 @@ check_certificate() {
 }
 
 check_queue() {
-  local url redrive
+  local url redrive former_queue
+  former_queue=$(value_of FormerQueueName)
+  if [ -n "$former_queue" ] && [ -z "$queue_name" ]; then
+    problem "The last run broke off while the queue changed from $former_queue to $(value_of QueueName): give --queue-name with the one that is to be used."
+    return
+  fi
   if url=$(sqs get-queue-url --queue-name "$queue" --query QueueUrl --output text 2>"$work/error"); then
     [ "$create_queue" = false ] || [ "$ours" = true ] ||
       problem "The queue $queue exists already: leave out --create-queue, or give another --queue-name."
@@ -472,7 +477,8 @@ stack_options() {
       former+=("$key=$(value_of "$key")")
     done
     # A queue that the stack once made exists still, and cannot be made again.
-    former+=("QueueName=$last_queue" "FormerQueueName=" "CreateQueue=$([ -z "$former_queue" ] && echo "$ours" || echo false)")
+    former+=("QueueName=$(value_of QueueName)" "FormerQueueName=$(value_of FormerQueueName)"
+      "CreateQueue=$([ "$queue" = "$(value_of QueueName)" ] && echo "$ours" || echo false)")
   fi
   [ "$ours" = false ] || queues=true
   parameters+=("QueueName=$queue" "FormerQueueName=$former_queue" "CreateQueue=$queues")
@@ -497,6 +503,9 @@ clean_up() {
   if [ "$widened" = yes ]; then
     restore_config
     restore_stack
+  elif [ "$settled" = yes ]; then
+    # Else the next run would take the tokens of before for some that are to be accepted.
+    (narrow_stack) || true
   fi
   rm -rf "$work"
 }
@@ -723,6 +732,7 @@ rollout_status() {
 
 # Takes from the role what only the pods of before used.
 narrow_stack() {
+  settled=no
   deploy_stack "TokenParameterNames=$tokens" "FormerQueueName=" "$@"
 }
 
@@ -835,11 +845,13 @@ deploy() {
   apply_manifests
   step "wait for the roll-out"
   wait_for_rollout
+  [ -n "$check" ] || settled=yes
   step "wait for the ALB"
   wait_for_alb || true
   if [ -n "$check" ]; then
     step "check the service at $check"
     try_service || go_back "The check"
+    settled=yes
   fi
   step "make the alarms of the ALB, and take away the rights of what ran before"
   finish_stack
@@ -957,7 +969,7 @@ certificate_arn="" token_parameter="" token_key_arn="" rate_limit="" alarm_email
 read_arguments "$@"
 check_arguments
 stack=$name${environment:+-$environment}
-number=0 steps=0 problems=() parameters=() former=() widened=no changes="" tag="" image="" issuer="" of="" config_checksum=""
+number=0 steps=0 problems=() parameters=() former=() widened=no settled=no changes="" tag="" image="" issuer="" of="" config_checksum=""
 stack_status="" stack_values="" config_before="" applied_before=""
 
 # Only the shell itself needs it, not every tool that is started.

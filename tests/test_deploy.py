@@ -334,6 +334,9 @@ def test_first_run_makes_everything_and_the_second_changes_nothing(world: World)
     (repository,) = world.client("ecr").describe_repositories()["repositories"]
     before, after = world.applied()
     assert before[0]["kind"] == "Namespace"
+    for controller in ("elbv2.k8s.aws", "eks.amazonaws.com"):
+        gate = f"{controller}/pod-readiness-gate-inject"
+        assert before[0]["metadata"]["labels"][gate] == "enabled"
     assert after[0]["kind"] == "Deployment"
     manifests = {each["kind"]: each for each in before}
     assert {"Service", "Ingress", "ConfigMap"} <= set(manifests)
@@ -615,6 +618,7 @@ def test_stack_that_cannot_be_changed_is_refused(
         cloudformation_describe_stacks=state,
         eks_describe_cluster=f"CREATING\t{world.issuer}",
         acm_describe_certificate="PENDING_VALIDATION",
+        ssm_get_parameter="SecureString",
     )
     result = world.run(option, "--certificate-arn", CERTIFICATE)
     assert result.returncode == 1
@@ -839,7 +843,9 @@ def test_first_check_that_fails_has_nothing_to_go_back_to(checked: Checked) -> N
     assert "undo" not in str(checked.world.calls("kubectl"))
 
 
-def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(world: World) -> None:
+def test_run_that_broke_off_left_two_queues_and_the_tokens_of_before_up_to_ten(
+    world: World,
+) -> None:
     old, new = ([f"/{kind}/{number}" for number in range(6)] for kind in ("old", "new"))
     values = {
         "TokenParameterNames": ",".join(["/new/0", *old]),
@@ -851,10 +857,17 @@ def test_run_that_broke_off_left_the_queue_of_before_and_its_tokens_up_to_ten(wo
     stack = f"CREATE_COMPLETE\n{lines}"
     world.answer(cloudformation_describe_stacks=stack, ssm_get_parameter="SecureString")
     options = ("--token-parameter", ",".join(new), "--dead-letter-queue", "theirs")
-    output = world.deploy("--dry-run", *options)
+    result = world.run("--dry-run", *options)
+    assert result.returncode == 1
+    assert (
+        "The last run broke off while the queue changed from dev-CP-queue to new: give "
+        "--queue-name with the one that is to be used." in result.stderr
+    )
+    # Whichever it is, pods may still send to the other one.
+    output = world.deploy("--dry-run", *options, "--queue-name", "dev-CP-queue")
     assert "DeadLetterQueueName=theirs " in output
     assert f"TokenParameterNames={','.join([*new, *old[:4]])} " in output
-    assert "QueueName=dev-CP-queue FormerQueueName= CreateQueue=false" in output
+    assert "QueueName=dev-CP-queue FormerQueueName=new CreateQueue=false" in output
 
 
 def test_cluster_that_stops_answering_is_one_line_and_gives_back_what_a_run_took(
@@ -877,8 +890,23 @@ def test_cluster_that_stops_answering_is_one_line_and_gives_back_what_a_run_took
     assert world.state["objects"] == {}
     wide, back = world.answered("cloudformation deploy")
     assert wide.endswith("QueueName=dev-CP-queue FormerQueueName=old CreateQueue=true")
-    # The one of before was made earlier, if at all, and cannot be made again.
-    assert back.endswith("QueueName=old FormerQueueName= CreateQueue=false")
+    assert back.endswith("QueueName=dev-CP-queue FormerQueueName=old CreateQueue=true")
+
+
+def test_run_that_is_interrupted_after_its_roll_out_takes_the_rights_of_before_away(
+    world: World,
+) -> None:
+    world.answer(
+        cloudformation_deploy="",
+        cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
+        ssm_get_parameter="SecureString",
+    )
+    # Ctrl-C reaches both.
+    executable(world.folder / "bin" / "sleep", "#!/bin/sh\nkill -INT $PPID $$\n")
+    assert world.run("--token-parameter", "/new").returncode != 0
+    wide, narrow = world.answered("cloudformation deploy")
+    assert "TokenParameterNames=/new,/old " in wide
+    assert narrow.endswith("TokenParameterNames=/new FormerQueueName=")
 
 
 def test_failed_first_roll_out_leaves_the_role_what_was_asked_for(world: World) -> None:
