@@ -506,6 +506,35 @@ def test_deployment_by_hand_applies_the_same_manifests(world: World, clean_check
     assert len(by_hand) == len(list((PROJECT / "k8s").glob("*.yaml"))) + 3  # of two files
 
 
+def test_undoing_a_change_by_hand_keeps_every_parameter_of_the_stack(world: World) -> None:
+    """The emulator knows no drift, so that the command checks its arguments, and no more."""
+    template = PROJECT / "infra" / "email-processor.yaml"
+    assert re.search(r"^  Role:\n    Type: AWS::IAM::Role$", template.read_text("utf-8"), re.M)
+    parameters = ("QueueName", "TokenParameterNames")
+    world.client("cloudformation").create_stack(
+        StackName="email-processor",
+        TemplateBody=json.dumps(
+            {
+                "Parameters": {name: {"Type": "String", "Default": name} for name in parameters},
+                "Resources": {"Topic": {"Type": "AWS::SNS::Topic"}},
+            }
+        ),
+    )
+    executable(
+        world.folder / "bin" / "aws",
+        f'#!/bin/sh\necho "$@" >>{world.folder}/aws\ncase "$2" in\n'
+        f'describe-stacks) exec {shutil.which("aws")} "$@" ;;\nwait|describe-change-set) ;;\n'
+        f'*) exec {shutil.which("aws")} "$@" --generate-cli-skeleton output ;;\nesac\n',
+    )
+    guide = SETUP.split("## Undo a change by hand")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
+    result = world.execute("bash", "-euo", "pipefail", "-c", "".join(blocks))
+    assert (result.returncode, result.stderr) == (0, ""), result
+    (made,) = world.answered("cloudformation create-change-set")
+    kept = " ".join(f"ParameterKey={name},UsePreviousValue=true" for name in parameters)
+    assert made.endswith(f"--deployment-mode REVERT_DRIFT --parameters {kept}")
+
+
 # --- What can go wrong ----------------------------------------------------------------------------
 
 
