@@ -801,6 +801,7 @@ def test_queues_are_encrypted_keep_14_days_and_outlive_the_stack() -> None:
     stack = Stack(CreateQueue="true")
     for name, queue in stack.of_type("AWS::SQS::Queue").items():
         assert queue["MessageRetentionPeriod"] == 14 * 24 * 3600
+        assert queue["MaximumMessageSize"] == 2**20, "the most that SQS takes"
         assert queue["SqsManagedSseEnabled"] is True
         # But for those of a stack whose first deployment fails: the next could not make them.
         assert stack.resources[name]["DeletionPolicy"] == "RetainExceptOnCreate"
@@ -844,25 +845,128 @@ def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
 # --- Template: alarms and dashboard ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("alarm", "metric", "statistic", "comparison"),
-    [
-        ("DeadLetterQueueNotEmpty", "ApproximateNumberOfMessagesVisible", "Maximum", "> 0"),
-        ("OldestMessageTooOld", "ApproximateAgeOfOldestMessage", "Maximum", "> 900"),
-        ("ServerErrorRateHigh", None, None, "> 1"),
-        ("LatencyHigh", "TargetResponseTime", "p99", "> 1"),
-        ("TargetsUnhealthy", "UnHealthyHostCount", "Maximum", "> 0"),
-        ("ReplicasAtMaximum", "service_number_of_running_pods", "Minimum", ">= 10"),
-    ],
-)
-def test_alarm_watches_its_metric(
-    alarm: str, metric: str | None, statistic: str | None, comparison: str
-) -> None:
-    found = Stack(**WITH_LOAD_BALANCER).properties(alarm)
+LOAD_BALANCER = {"LoadBalancer": "app/email/1a"}
+TARGET_GROUP = {"TargetGroup": "targetgroup/email/2b"}
+QUEUE = {"QueueName": "dev-CP-queue"}
+DEAD_LETTERS = {"QueueName": "dev-CP-queue-dlq"}
+REPLICAS = {"ClusterName": "dev-CP-EKS-CLUSTER", "Namespace": NAME, "Service": NAME}
+ERROR_RATE = "100 * (FILL(target, 0) + FILL(balancer, 0)) / (FILL(requests, 0) + FILL(balancer, 0))"
+BALANCER = "AWS/ApplicationELB"
+# What AWS publishes, and with which dimensions. With any others there is no data, and so no alarm.
+PUBLISHED = {
+    (BALANCER, "RequestCount"): {"LoadBalancer"},
+    (BALANCER, "HTTPCode_Target_5XX_Count"): {"LoadBalancer"},
+    (BALANCER, "HTTPCode_ELB_5XX_Count"): {"LoadBalancer"},
+    (BALANCER, "TargetResponseTime"): {"LoadBalancer"},
+    (BALANCER, "UnHealthyHostCount"): {"LoadBalancer", "TargetGroup"},
+    ("AWS/SQS", "ApproximateNumberOfMessagesVisible"): {"QueueName"},
+    ("AWS/SQS", "ApproximateAgeOfOldestMessage"): {"QueueName"},
+    ("AWS/WAFV2", "BlockedRequests"): {"WebACL", "Region", "Rule"},
+    ("ContainerInsights", "service_number_of_running_pods"): {
+        "ClusterName",
+        "Namespace",
+        "Service",
+    },
+}
+# Alarm -> what it watches, and when it rings: statistic, limit, and how many periods of how many.
+ALARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "DeadLetterQueueNotEmpty": (
+        {"": ("AWS/SQS", "ApproximateNumberOfMessagesVisible", DEAD_LETTERS, "Maximum", 60)},
+        "> 0, 1 of 1",
+    ),
+    "OldestMessageTooOld": (
+        {"": ("AWS/SQS", "ApproximateAgeOfOldestMessage", QUEUE, "Maximum", 60)},
+        "> 900, 5 of 5",
+    ),
+    "ServerErrorRateHigh": (
+        {
+            "rate": ERROR_RATE,
+            "target": (BALANCER, "HTTPCode_Target_5XX_Count", LOAD_BALANCER, "Sum", 60),
+            "balancer": (BALANCER, "HTTPCode_ELB_5XX_Count", LOAD_BALANCER, "Sum", 60),
+            "requests": (BALANCER, "RequestCount", LOAD_BALANCER, "Sum", 60),
+        },
+        "> 1, 3 of 5",
+    ),
+    "LatencyHigh": (
+        {"": (BALANCER, "TargetResponseTime", LOAD_BALANCER, "p99", 60)},
+        "> 1, 3 of 5",
+    ),
+    "TargetsUnhealthy": (
+        {"": (BALANCER, "UnHealthyHostCount", LOAD_BALANCER | TARGET_GROUP, "Maximum", 60)},
+        "> 0, 3 of 3",
+    ),
+    "ReplicasAtMaximum": (
+        {"": ("ContainerInsights", "service_number_of_running_pods", REPLICAS, "Minimum", 300)},
+        ">= 10, 3 of 3",
+    ),
+}
+
+
+def watched(alarm: dict[str, Any]) -> dict[str, Any]:
+    """Id -> the expression, or namespace, metric, dimensions, statistic and period."""
+    statistic = alarm.get("Statistic", alarm.get("ExtendedStatistic"))
+    plain = {"Metric": alarm, "Stat": statistic, "Period": alarm.get("Period")}
+    found = {}
+    for query in alarm.get("Metrics", [{"Id": "", "MetricStat": plain}]):
+        if "Expression" in query:
+            found[query["Id"]] = query["Expression"]
+            continue
+        metric, how = query["MetricStat"]["Metric"], query["MetricStat"]
+        dimensions = {part["Name"]: part["Value"] for part in metric["Dimensions"]}
+        name = metric["Namespace"], metric["MetricName"]
+        found[query["Id"]] = (*name, dimensions, how["Stat"], how["Period"])
+    return found
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_alarm_watches_its_metric(name: str) -> None:
+    alarm = Stack(**WITH_LOAD_BALANCER).properties(name)
+    metrics, limit = ALARMS[name]
+    assert watched(alarm) == metrics
+    periods = alarm["EvaluationPeriods"]
+    of_them = f"{alarm.get('DatapointsToAlarm', periods)} of {periods}"
     signs = {"GreaterThanThreshold": ">", "GreaterThanOrEqualToThreshold": ">="}
-    assert found.get("MetricName") == metric
-    assert found.get("Statistic", found.get("ExtendedStatistic")) == statistic
-    assert f"{signs[found['ComparisonOperator']]} {found['Threshold']}" == comparison
+    assert f"{signs[alarm['ComparisonOperator']]} {alarm['Threshold']}, {of_them}" == limit
+    returned = [part["Id"] for part in alarm.get("Metrics", []) if part.get("ReturnData", True)]
+    assert returned == (["rate"] if "Metrics" in alarm else [])
+
+
+def figures(alarm: dict[str, Any]) -> dict[str, list[float]]:
+    """What an alarm's text may say -> the numbers in it, by the alarm's own settings."""
+    (period,) = {query[-1] for query in watched(alarm).values() if isinstance(query, tuple)}
+    minutes, periods = period / 60, alarm["EvaluationPeriods"]
+    receives = Stack(CreateQueue="true").properties("Queue")["RedrivePolicy"]["maxReceiveCount"]
+    percentile = int(alarm.get("ExtendedStatistic", "p0")[1:])
+    threshold = alarm["Threshold"]
+    return {
+        r"in (\d+) of the last (\d+) minutes": [
+            alarm.get("DatapointsToAlarm", periods) * minutes,
+            periods * minutes,
+        ],
+        r"for (\d+) minutes": [periods * minutes],
+        r"for over (\d+) minutes": [threshold / 60],
+        r"over (\d+) (?:%|s) ": [threshold],
+        r"all (\d+) replicas": [threshold],
+        r"slowest (\d+) %": [100 - percentile],
+        r"on a message (\d+) times": [receives],
+    }
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_figures_in_an_alarms_text_and_in_its_runbook_entry_follow_from_its_settings(
+    name: str,
+) -> None:
+    alarm = Stack(**WITH_LOAD_BALANCER).properties(name)
+    runbook = (app.PROJECT / "RUNBOOK.md").read_text("utf-8")
+    entry = runbook.split(f"\n### {name}\n")[1].split("- **Clients see:**")[0]
+    description = alarm["AlarmDescription"].lower()
+    texts = [description, " ".join(entry.split()).lower().replace("five", "5")]
+    for pattern, numbers in figures(alarm).items():
+        for text in texts:
+            for found in re.finditer(pattern, text):
+                assert [float(number) for number in found.groups()] == numbers, found[0]
+        description = re.sub(pattern, "", description)
+    assert not re.search(r"\b\d+\b", description), "a figure that nothing was said of"
 
 
 def test_every_alarm_goes_to_the_topic_and_names_its_entry_in_the_runbook() -> None:
@@ -884,39 +988,16 @@ def test_alarms_on_the_load_balancer_wait_for_it() -> None:
         assert WITH_LOAD_BALANCER["LoadBalancerFullName"] in used
 
 
-@pytest.mark.parametrize(
-    ("given", "watched"), [("", "dev-CP-queue-dlq"), ("our-dead-letters", "our-dead-letters")]
-)
-def test_alarm_watches_the_dead_letter_queue_of_that_name(given: str, watched: str) -> None:
-    alarm = Stack(DeadLetterQueueName=given).properties("DeadLetterQueueNotEmpty")
-    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": watched}]
-
-
-def test_error_rate_counts_what_the_load_balancer_answered_itself() -> None:
-    metrics = Stack(**WITH_LOAD_BALANCER).properties("ServerErrorRateHigh")["Metrics"]
-    counted = {
-        metric["Id"]: metric["MetricStat"]["Metric"]["MetricName"]
-        for metric in metrics
-        if "MetricStat" in metric
-    }
-    assert counted == {
-        "target": "HTTPCode_Target_5XX_Count",
-        "balancer": "HTTPCode_ELB_5XX_Count",
-        "requests": "RequestCount",
-    }
-    (rate,) = [metric for metric in metrics if "Expression" in metric]
-    assert set(re.findall("[a-z]+", rate["Expression"])) == set(counted)
+def test_alarm_watches_the_dead_letter_queue_of_the_given_name() -> None:
+    alarm = Stack(DeadLetterQueueName="our-dead-letters").properties("DeadLetterQueueNotEmpty")
+    assert alarm["Dimensions"] == [{"Name": "QueueName", "Value": "our-dead-letters"}]
 
 
 def test_replicas_are_watched_against_the_autoscalers_limits() -> None:
     stack = Stack()
     alarm = stack.properties("ReplicasAtMaximum")
     assert alarm["Threshold"] == HPA["spec"]["maxReplicas"]
-    assert {part["Name"]: part["Value"] for part in alarm["Dimensions"]} == {
-        "ClusterName": "dev-CP-EKS-CLUSTER",
-        "Namespace": SERVICE["metadata"]["namespace"],
-        "Service": SERVICE["metadata"]["name"],
-    }
+    assert (SERVICE["metadata"]["namespace"], SERVICE["metadata"]["name"]) == (NAME, NAME)
     body = json.loads(stack.properties("Dashboard")["DashboardBody"])
     (lines,) = find(body, "horizontal")
     assert {line["label"]: line["value"] for line in lines} == {
@@ -925,32 +1006,58 @@ def test_replicas_are_watched_against_the_autoscalers_limits() -> None:
     }
 
 
-@pytest.mark.parametrize("parameters", [{}, WITH_LOAD_BALANCER], ids=["at first", "later"])
-def test_dashboard_shows_every_signal_and_has_no_empty_dimension(
-    parameters: dict[str, str],
-) -> None:
-    stack = Stack(**parameters)
+def drawn(body: dict[str, Any]) -> list[tuple[str, str, dict[str, str], str]]:
+    """Namespace, metric, dimensions and statistic of every line, its short forms written out."""
+    lines = []
+    for widget in body["widgets"]:
+        before: list[str] = []
+        for metric in widget["properties"]["metrics"]:
+            *parts, options = metric
+            if not parts:
+                continue  # an expression
+            if parts == ["..."]:
+                parts = before
+            pairs = zip(parts, before or parts, strict=True)
+            before = [old if part == "." else part for part, old in pairs]
+            namespace, name, *dimensions = before
+            statistic = options.get("stat", widget["properties"].get("stat"))
+            named = dict(zip(dimensions[::2], dimensions[1::2], strict=True))
+            lines.append((namespace, name, named, statistic))
+    return lines
+
+
+@pytest.mark.parametrize("balancer", ["none", "app/email/1a"], ids=["at first", "later"])
+def test_dashboard_shows_every_signal_and_has_no_empty_dimension(balancer: str) -> None:
+    stack = Stack(**(WITH_LOAD_BALANCER if balancer != "none" else {}))
     body = json.loads(stack.properties("Dashboard")["DashboardBody"])
-    metrics = [metric for found in find(body, "metrics") for metric in found]
-    named = {part for metric in metrics for part in metric if isinstance(part, str)}
-    assert "" not in named
-    assert named >= {
-        "RequestCount",
-        "HTTPCode_Target_5XX_Count",
-        "HTTPCode_ELB_5XX_Count",
-        "TargetResponseTime",
-        "ApproximateNumberOfMessagesVisible",
-        "ApproximateAgeOfOldestMessage",
-        "dev-CP-queue",
-        "dev-CP-queue-dlq",
-        "service_number_of_running_pods",
-        "BlockedRequests",
-        stack.values["LoadBalancerFullName"] or "none",
-    }
-    assert {metric[-1].get("stat") for metric in metrics} >= {"p50", "p99"}
     acl = stack.properties("WebAcl")
-    assert acl["VisibilityConfig"]["MetricName"] in named
-    assert acl["Rules"][0]["VisibilityConfig"]["MetricName"] in named
+    blocked = {
+        "WebACL": acl["VisibilityConfig"]["MetricName"],
+        "Region": "us-west-1",
+        "Rule": acl["Rules"][0]["VisibilityConfig"]["MetricName"],
+    }
+    whole = {"LoadBalancer": balancer}
+    assert drawn(body) == [
+        (BALANCER, "RequestCount", whole, "Sum"),
+        (BALANCER, "HTTPCode_Target_5XX_Count", whole, "Sum"),
+        (BALANCER, "HTTPCode_ELB_5XX_Count", whole, "Sum"),
+        (BALANCER, "TargetResponseTime", whole, "p50"),
+        (BALANCER, "TargetResponseTime", whole, "p99"),
+        ("AWS/SQS", "ApproximateNumberOfMessagesVisible", QUEUE, "Maximum"),
+        ("AWS/SQS", "ApproximateAgeOfOldestMessage", QUEUE, "Maximum"),
+        ("AWS/SQS", "ApproximateNumberOfMessagesVisible", DEAD_LETTERS, "Maximum"),
+        ("ContainerInsights", "service_number_of_running_pods", REPLICAS, "Maximum"),
+        ("AWS/WAFV2", "BlockedRequests", blocked, "Sum"),
+    ]
+    assert list(find(body, "expression")) == [ERROR_RATE]
+
+
+def test_alarms_and_dashboard_ask_for_what_aws_publishes() -> None:
+    stack = Stack(**WITH_LOAD_BALANCER)
+    asked = [query for alarm in stack.of_type(ALARM).values() for query in watched(alarm).values()]
+    asked += drawn(json.loads(stack.properties("Dashboard")["DashboardBody"]))
+    found = {(q[0], q[1], *sorted(q[2])) for q in asked if isinstance(q, tuple)}
+    assert found == {(*name, *sorted(dimensions)) for name, dimensions in PUBLISHED.items()}
 
 
 def test_alarms_are_mailed_when_an_address_is_given() -> None:
