@@ -183,6 +183,9 @@ def test_value_is_as_specified(where: dict[str, Any], name: str, expected: Any) 
         ("scheme", "internet-facing"),
         ("target-type", "ip"),
         ("healthcheck-path", "/health"),
+        ("healthcheck-interval-seconds", "10"),
+        ("healthy-threshold-count", "2"),
+        ("unhealthy-threshold-count", "3"),
         ("success-codes", "200"),
         ("ssl-redirect", "443"),
         ("ssl-policy", "ELBSecurityPolicy-TLS13-1-2-Res-2021-06"),
@@ -309,6 +312,17 @@ def test_load_balancer_asks_less_often_than_it_waits() -> None:
     """It takes no other setting."""
     timeout = int(annotation("healthcheck-timeout-seconds"))
     assert timeout < int(annotation("healthcheck-interval-seconds"))
+
+
+def test_roll_out_is_given_up_only_after_a_pull_a_start_and_the_load_balancers_consent() -> None:
+    """A pod is ready only once the load balancer has found it healthy: its readiness gate."""
+    pull = 60
+    start = (
+        CONTAINER["startupProbe"]["periodSeconds"] * CONTAINER["startupProbe"]["failureThreshold"]
+    )
+    checks = int(annotation("healthcheck-interval-seconds"))
+    checks *= int(annotation("healthy-threshold-count"))
+    assert DEPLOYMENT["spec"]["progressDeadlineSeconds"] > pull + start + checks
 
 
 def test_pod_is_killed_only_after_its_sleep_and_gunicorns_graceful_timeout() -> None:
@@ -1093,3 +1107,10 @@ def test_is_clean_under(command: str) -> None:
         [Path(sys.executable).parent / tool, *arguments], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_pipeline_fails_for_a_grave_vulnerability_that_a_newer_package_mends() -> None:
+    jobs = yaml.safe_load(WORKFLOWS[0].read_text("utf-8"))["jobs"]
+    (scan,) = (step["run"] for step in jobs["image"]["steps"] if "GRYPE" in step.get("env", {}))
+    assert " --only-fixed --fail-on high" in " ".join(scan.split())
+    assert not any("continue-on-error" in step for job in jobs.values() for step in job["steps"])
