@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
+import boto3
+import botocore.exceptions as failures
 import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.config import Config
 from conftest import PROJECT
 from test_deploy import World, emulator, world
 
@@ -56,8 +63,7 @@ def test_every_link_leads_somewhere() -> None:
     assert links <= headings
 
 
-def test_every_cause_in_its_tables_is_one_that_the_log_can_have() -> None:
-    """By the messages and codes that app.py and botocore have."""
+def test_every_message_and_metric_that_it_names_is_one_of_the_service() -> None:
     source = (PROJECT / "app.py").read_text("utf-8")
     for text in (
         "token not read",
@@ -74,6 +80,94 @@ def test_every_cause_in_its_tables_is_one_that_the_log_can_have() -> None:
     for metric in re.findall(r"email_processor_\w+", RUNBOOK):
         base = re.sub(r"_(total|sum|count|bucket)?$", "", metric)
         assert base.removeprefix("email_processor_") in source, metric
+
+
+class Answer:
+    """What AWS answers: an error by its name, and by the name that SQS's older protocol had."""
+
+    def __init__(self, name: str, older: str = "", status: int = 400, **body: Any) -> None:
+        self.status = status
+        self.body = json.dumps({"__type": name, "message": "It is so.", **body}).encode()
+        fault = "Sender" if status < 500 else "Receiver"
+        self.headers = {"x-amzn-query-error": f"{older};{fault}"} if older else {}
+
+    def __call__(self, request: Any, **_: Any) -> AWSResponse:
+        response = AWSResponse(request.url, self.status, self.headers, None)
+        response._content = self.body
+        return response
+
+
+def failing(error: Exception) -> Callable[..., None]:
+    def fail(**_: Any) -> None:
+        raise error
+
+    return fail
+
+
+ROLE_REFUSED = failures.ClientError(
+    {"Error": {"Code": "AccessDenied", "Message": "Not authorized."}}, "AssumeRoleWithWebIdentity"
+)
+URL = {"endpoint_url": "https://aws.example"}
+BOTH = [
+    Answer("AccessDeniedException"),
+    Answer("ThrottlingException"),
+    Answer("ExpiredTokenException"),
+    Answer("UnrecognizedClientException"),
+    failing(ROLE_REFUSED),
+    failing(failures.NoCredentialsError()),
+    failing(failures.ReadTimeoutError(**URL)),
+    failing(failures.ConnectTimeoutError(**URL)),
+    failing(failures.EndpointConnectionError(**URL)),
+]
+# Entry -> what may come instead of an answer.
+FAULTS = {
+    "queue_unavailable": [
+        *BOTH,
+        Answer("com.amazonaws.sqs#QueueDoesNotExist", "AWS.SimpleQueueService.NonExistentQueue"),
+        Answer("com.amazon.coral.service#InvalidClientTokenId", "InvalidClientTokenId"),
+        Answer("com.amazonaws.sqs#RequestThrottled", "RequestThrottled"),
+        Answer("InternalFailure", status=500),
+        Answer("ServiceUnavailable", status=503),
+        Answer("", status=200),
+        failing(failures.ConnectionClosedError(**URL)),
+    ],
+    "token_store_unavailable": [
+        *BOTH,
+        Answer("", status=200, Parameters=[], InvalidParameters=["/email-service/api-token"]),
+    ],
+}
+
+
+def look(entry: str) -> None:
+    """Let the service look for the queue or the token, with each of the faults for an answer."""
+    service = {"queue_unavailable": "sqs", "token_store_unavailable": "ssm"}[entry]
+    session, config = boto3.Session("key", "secret"), Config(retries={"total_max_attempts": 1})
+    client = session.client(service, region_name="us-west-1", config=config)
+    faults = iter(FAULTS[entry])
+    client.meta.events.register("before-send", lambda **call: next(faults)(**call))
+    for _ in FAULTS[entry]:
+        if service == "ssm":
+            app.TokenStore(client, ("/email-service/api-token",), 60).refresh_if_old()
+        else:
+            with suppress(app.Refusal):
+                app.QueueLimit(client, "https://sqs.us-west-1.amazonaws.com/1/queue").bytes()
+
+
+@pytest.mark.parametrize("entry", FAULTS)
+def test_causes_in_its_tables_are_those_that_the_log_has(
+    entry: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    look(entry)
+    assert len(caplog.records) == len(FAULTS[entry])
+    causes = {vars(record).get("cause", record.message) for record in caplog.records}
+    if entry == "queue_unavailable":  # the cause that is none of AWS's
+        source = (PROJECT / "app.py").read_text("utf-8")
+        causes |= set(re.findall(r'"cause": "([^"]+)"', source))
+    table = ENTRIES[entry].split("\n| `cause` has |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    named = {word for cell in cells for word in re.findall("`(.+?)`", cell)} - {"cause"}
+    assert {word for word in named if not any(word in cause for cause in causes)} == set()
+    assert {cause for cause in causes if not any(word in cause for word in named)} == set()
 
 
 @pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
