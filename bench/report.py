@@ -29,8 +29,8 @@ REFRESH_SHARE = 0.8  # of the cache's age, on average, at which a worker reads t
 POD_VCPU, HOURS_A_MONTH, FLEETS = 0.5, 730, (2, 10, 100, 1000)
 
 Figures = dict[str, float]
-# Column -> key and format.
-COLUMNS = {
+Columns = dict[str, tuple[str, str]]  # heading -> key and format
+COLUMNS: Columns = {
     "messages/s": ("rate", "{:,.0f}"),
     "CPU us/message": ("cpu_us", "{:,.0f}"),
     "p50 ms": ("p50_ms", "{:.1f}"),
@@ -40,6 +40,12 @@ COLUMNS = {
     "SSM calls/message": ("ssm_calls", "{:.4f}"),
     "$/million": ("cost", "{:.3f}"),
 }
+ALONE: Columns = {
+    "p50 ms": ("p50_ms", "{:.2f}"),
+    "p99 ms": ("p99_ms", "{:.2f}"),
+    "CPU us/message": ("cpu_us", "{:,.0f}"),
+}
+METRICS = {name: COLUMNS[name] for name in ("messages/s", "CPU us/message")}
 
 
 def cost_per_million(sqs_calls: float, cpu_us: float) -> float:
@@ -96,16 +102,14 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def alone_table(rounds: dict[str, list[Figures]]) -> Table:
-    """One client: median latency, and how the first contender's compares with the second's."""
-    table = [["", "p50 ms", "p99 ms", "CPU us/message"]]
+def pair_table(rounds: dict[str, list[Figures]], columns: Columns) -> Table:
+    """Two contenders' medians, and how the first one's figures compare with the second's."""
+    table = [["", *columns]]
     for name, figures in rounds.items():
         middle = medians(figures)
-        cells = [f"{middle['p50_ms']:.2f}", f"{middle['p99_ms']:.2f}", f"{middle['cpu_us']:,.0f}"]
-        table.append([name, *cells])
-    (_, ours), (_, plain) = rounds.items()
-    pairs = list(zip(ours, plain, strict=True))
-    ratios = (median(a[k] / b[k] for a, b in pairs) for k in ("p50_ms", "p99_ms", "cpu_us"))
+        table.append([name, *(form.format(middle[key]) for key, form in columns.values())])
+    pairs = list(zip(*rounds.values(), strict=True))
+    ratios = (median(a[key] / b[key] for a, b in pairs) for key, _ in columns.values())
     table.append(["ratio", *(f"{ratio:.3f}" for ratio in ratios)])
     return table
 
@@ -183,7 +187,9 @@ def sections(raw: dict[str, Any], layout: Callable[[Table], str]) -> dict[str, s
     else:
         found["The fake"] = ceiling_line(raw)
     if raw.get("alone"):
-        found["One client alone"] = layout(alone_table(raw["alone"]))
+        found["One client alone"] = layout(pair_table(raw["alone"], ALONE))
+    if raw.get("metrics"):
+        found["What metrics cost"] = layout(pair_table(raw["metrics"], METRICS))
     if raw.get("sweep"):
         explained = (
             "CPU and SQS calls per message: how they grow, not how large they are. Each is one "

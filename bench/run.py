@@ -82,6 +82,12 @@ def flask(name: str, app: str) -> Contender:
 
 
 DEFAULT, THROUGHPUT = email_processor(4, 2), email_processor(1, 64)
+NO_METRICS = Contender(
+    "without metrics 1x64",
+    (*THROUGHPUT.command, "--pythonpath", str(CONTENDERS), "no_metrics:create_app()"),
+    PROJECT,
+    THROUGHPUT.variables,
+)
 DIRECT = flask("direct 4x2", "direct:create_app()")
 CACHED = flask("cached token 4x2", "direct:create_app(cache_seconds=60)")
 FASTAPI = Contender("FastAPI + aiobotocore", (str(BENCH / ".venv/bin/python"), "fastapi_app.py"))
@@ -413,6 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sweep", action="store_true", help="CPU over clients and SQS latencies")
     parser.add_argument("--alone", action="store_true", help="one client's latency")
+    parser.add_argument("--metrics", action="store_true", help="CPU with metrics and without")
     parser.add_argument("--json", type=Path, help="keep the raw figures in this file")
     parser.add_argument(
         "--write", action="store_true", help="run everything; write RESULTS.md and chart.svg"
@@ -440,9 +447,9 @@ def main() -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is needed for the load: install it (apt install wrk, brew install wrk).")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # what runs is ended too
-    parts = {"compare"} if not (options.sweep or options.alone) else set()
-    parts |= {part for part in ("sweep", "alone") if options.write or getattr(options, part)}
-    parts |= {"compare"} if options.write else set()
+    more = ("alone", "metrics", "sweep")
+    parts = {part for part in more if options.write or getattr(options, part)}
+    parts |= {"compare"} if options.write or not parts else set()
     shown = [part for part in sys.argv[1:] if part not in ("--json", str(options.json))]
     raw: dict[str, Any] = {
         "command": " ".join(["python", "bench/run.py", *shown]),
@@ -470,6 +477,9 @@ def main() -> None:
             if "alone" in parts:
                 step("one client alone")
                 raw["alone"] = alone(aws, options)
+            if "metrics" in parts:
+                step("with metrics and without")
+                raw["metrics"] = compare([THROUGHPUT, NO_METRICS], aws, options)
             if "sweep" in parts:
                 step("more clients, slower SQS")
                 raw["sweep"] = sweep(aws, min(options.seconds, 4))
