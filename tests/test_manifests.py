@@ -1109,8 +1109,20 @@ def test_is_clean_under(command: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_pipeline_fails_for_a_grave_vulnerability_that_a_newer_package_mends() -> None:
-    jobs = yaml.safe_load(WORKFLOWS[0].read_text("utf-8"))["jobs"]
-    (scan,) = (step["run"] for step in jobs["image"]["steps"] if "GRYPE" in step.get("env", {}))
-    assert " --only-fixed --fail-on high" in " ".join(scan.split())
-    assert not any("continue-on-error" in step for job in jobs.values() for step in job["steps"])
+CI = yaml.safe_load((app.PROJECT / ".github" / "workflows" / "ci.yml").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments"),
+    [
+        ("GRYPE", "docker-archive:/image.tar --only-fixed --fail-on high"),
+        ("CHECKOV", "--directory . --framework dockerfile kubernetes cloudformation"),
+    ],
+)
+def test_pipeline_fails_for_what_a_scanner_finds(variable: str, arguments: str) -> None:
+    steps = [step for job in CI["jobs"].values() for step in job["steps"]]
+    (script,) = (step["run"] for step in steps if variable in step.get("env", {}))
+    words = script.replace("\\\n", "").split()
+    assert words[words.index(f'"${variable}"') + 1 :][: len(arguments.split())] == arguments.split()
+    assert not {"||", ";", "--soft-fail", "--skip-check"} & set(words)
+    assert not any("continue-on-error" in step for step in steps)

@@ -72,7 +72,7 @@ def test_every_container_is_pinned_by_digest_with_its_version() -> None:
             if words[:2] == ["docker", "run"]:
                 (variable,) = (word[1:] for word in words if re.fullmatch(r"\$[A-Z]+", word))
                 images.append(step["env"][variable])
-    assert len(images) == 3
+    assert len(images) == 4
     for image in images:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+@sha256:[0-9a-f]{64}", image)
 
