@@ -1126,3 +1126,33 @@ def test_pipeline_fails_for_what_a_scanner_finds(variable: str, arguments: str) 
     assert words[words.index(f'"${variable}"') + 1 :][: len(arguments.split())] == arguments.split()
     assert not {"||", ";", "--soft-fail", "--skip-check"} & set(words)
     assert not any("continue-on-error" in step for step in steps)
+
+
+def test_pipeline_applies_the_manifests_to_the_oldest_and_the_newest_kubernetes() -> None:
+    nodes = CI["jobs"]["kubernetes"]["strategy"]["matrix"]["node"]
+    pinned = r"kindest/node:v(1\.\d+)\.\d+@sha256:[0-9a-f]{64}"
+    assert [re.sub(pinned, r"\1", node) for node in nodes] == [KUBERNETES[0], KUBERNETES[-1]]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "passes"),
+    [
+        ("echo service/a created", "echo service/a unchanged", True),
+        ("echo service/a created; echo Warning: old >&2", "echo service/a unchanged", False),
+        ("echo service/a created", "echo service/a unchanged; echo Warning: old >&2", False),
+        ("echo service/a created", "echo service/a configured", False),
+        ("echo error: unknown field >&2; exit 1", "echo service/a unchanged", False),
+        ("echo service/a created", "echo service/a unchanged; exit 1", False),
+    ],
+)
+def test_pipeline_fails_for_a_warning_and_for_a_second_apply_that_changes_something(
+    first: str, second: str, passes: bool, tmp_path: Path
+) -> None:
+    steps = {step.get("name"): step for step in CI["jobs"]["kubernetes"]["steps"]}
+    script = steps["Apply the manifests twice"]["run"]
+    assert script.count("kubectl apply --validate=strict --filename manifests.yaml") == 2
+    assert ">manifests.yaml" in steps["Render the manifests"]["run"]
+    kubectl = f"kubectl() {{ if [ -s first ]; then {second}; else {first}; fi; }}\n"
+    shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", kubectl + script]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == passes, done
