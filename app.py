@@ -621,10 +621,10 @@ class TokenStore:
     """The tokens that SSM Parameter Store holds, cached.
 
     SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
-    read happens when the cache is `cache_seconds` old, and when a token does not match (it may be
-    new), but never more than one at a time, nor within READ_INTERVAL seconds of the last. While SSM
-    fails, the last known tokens count; a parameter that SSM no longer has is an answer, not a
-    failure, and its token stops working.
+    read happens when the cache is nearly `cache_seconds` old, and when a token does not match (it
+    may be new), but never more than one at a time, nor within READ_INTERVAL seconds of the last
+    (or `cache_seconds`, if that is less). While SSM fails, the last known tokens count; a parameter
+    that SSM no longer has is an answer, not a failure, and its token stops working.
     """
 
     READ_INTERVAL = 5.0
@@ -816,8 +816,9 @@ class Circuit:
 
     It opens when a call runs out of time while no other one was answered, or when FAILURES calls in
     a row fail in some other way that may pass, and closes with the first answer. While it is open,
-    one message at a time is sent all the same, PROBE_SECONDS after the last such try and with less
-    patience than otherwise, to find out whether SQS is back.
+    one call at a time is made all the same, with less patience than otherwise, to find out whether
+    SQS is back: first with the messages that saw it go down, then with one message PROBE_SECONDS
+    after the last try.
     """
 
     # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.

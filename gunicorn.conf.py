@@ -104,8 +104,8 @@ def when_ready(server: Any) -> None:
     for slot in range(2 * workers):
         app.write_metrics_as(str(slot))
     app.write_metrics_as("master")
-    # No thread waits for a client that connects and sends nothing, nor longer than that for one
-    # that reads nothing; the connections inherit both.
+    # No thread waits for a client that connects and sends nothing, nor for ever to write an answer
+    # of Gunicorn's own; the connections inherit both.
     for listener in server.LISTENERS:
         if hasattr(socket, "TCP_DEFER_ACCEPT"):
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, keepalive)

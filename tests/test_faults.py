@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -583,6 +584,38 @@ def test_slow_bodies_hold_their_threads_no_longer_than_the_deadline(
     assert others.statuses == {200: others.sent}
     assert served < 3 * deadline + 2
     assert gone < 3 * deadline + 2
+
+
+def test_slow_readers_hold_their_threads_no_longer_than_twice_the_deadline(
+    start_service: StartService, fake: FakeAws, figures: Figures
+) -> None:
+    variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "1"}
+    ask = request_head("GET", "/docs/swagger-ui-bundle.js")
+    with start_service(**fake.environment(), **variables) as service, socket.socket() as slow:
+        # As from afar: on loopback the kernel would take the whole answer at once.
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        slow.connect(("127.0.0.1", service.port))
+        slow.sendall(ask)
+        assert slow.recv(2048).startswith(b"HTTP/1.1 200")
+        begin, done = time.monotonic(), threading.Event()
+
+        def trickle() -> None:
+            while not done.wait(0.1) and slow.recv(2048):
+                pass
+
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(trickle)
+            try:
+                assert service.get("/health").status == 200
+                seconds = time.monotonic() - begin
+            finally:
+                done.set()
+            with suppress(ConnectionResetError):
+                reader.result()
+        assert service.ask(ask).status == 200
+    figures("slow reader", f"deadline 2 s: its only thread serves again after {seconds:.1f} s")
+    assert 1.5 < seconds < 4
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import runpy
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -586,36 +585,6 @@ def test_aws_out_of_reach_is_503_within_10_s(
             expected = "token_store_unavailable" if name == "SSM" else "queue_unavailable"
             assert refuse_while_aws_is_away(service).error == expected
             assert service.get("/ready").error == expected
-
-
-def test_slow_readers_hold_their_threads_no_longer_than_twice_the_deadline(
-    start_service: StartService,
-) -> None:
-    variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "1"}
-    ask = request_head("GET", "/docs/swagger-ui-bundle.js")
-    with start_service(**variables) as service, socket.socket() as slow:
-        # As from afar: on loopback the kernel would take the whole answer at once.
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
-        slow.connect(("127.0.0.1", service.port))
-        slow.sendall(ask)
-        assert slow.recv(2048).startswith(b"HTTP/1.1 200")
-        begin, done = time.monotonic(), threading.Event()
-
-        def trickle() -> None:
-            while not done.wait(0.1) and slow.recv(2048):
-                pass
-
-        with ThreadPoolExecutor(1) as pool:
-            reader = pool.submit(trickle)
-            try:
-                assert service.get("/health").status == 200
-                assert 1.5 < time.monotonic() - begin < 4
-            finally:
-                done.set()
-            with suppress(ConnectionResetError):
-                reader.result()
-        assert service.ask(ask).status == 200
 
 
 def test_sigterm_answers_what_was_begun_and_leaves_nothing_behind(
