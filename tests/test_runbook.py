@@ -144,7 +144,8 @@ def look(entry: str) -> None:
     session, config = boto3.Session("key", "secret"), Config(retries={"total_max_attempts": 1})
     client = session.client(service, region_name="us-west-1", config=config)
     faults = iter(FAULTS[entry])
-    client.meta.events.register("before-send", lambda **call: next(faults)(**call))
+    # First, before the emulator that other tests may have left in this process.
+    client.meta.events.register_first("before-send", lambda **call: next(faults)(**call))
     for _ in FAULTS[entry]:
         if service == "ssm":
             app.TokenStore(client, ("/email-service/api-token",), 60).refresh_if_old()
