@@ -252,10 +252,13 @@ def test_sqs_that_comes_back_slower_than_before_is_served_again(
 
 
 def test_single_calls_of_sqs_that_hang_refuse_nobody_else(
-    start_service: StartService, fake: FakeAws, figures: Figures, full: bool
+    start_service: StartService,
+    fake: FakeAws,
+    figures: Figures,
+    full: bool,
+    profile: dict[str, str],
 ) -> None:
-    """In a worker of 64 threads; one of two has no other call left soon, and takes SQS for down."""
-    with start_service(**fake.environment(), **THROUGHPUT) as service:
+    with start_service(**fake.environment(), **profile) as service:
         eventually(lambda: service.ask(post()).status == 200)
         fake.forget()
         fault = {"kind": "hang", "share": 0.01}
@@ -267,9 +270,11 @@ def test_single_calls_of_sqs_that_hang_refuse_nobody_else(
     slow = sum(seconds > 2 for _, seconds, _ in load.answers)
     figures("1% of SQS calls hang", ledger, f"{hung} calls hung, {slow} answers took over 2 s")
     assert hung > 0
-    assert slow <= hung * app.Publisher.MAX_ENTRIES
-    # Twice in a row, with three seconds each, is more than a message has.
-    assert ledger.statuses[200] / load.sent >= 0.998
+    assert set(ledger.statuses) <= {200, 503}
+    if profile == THROUGHPUT:  # both threads of a worker may hang at once: then SQS counts as down
+        assert slow <= hung * app.Publisher.MAX_ENTRIES
+        # Twice in a row, with three seconds each, is more than a message has.
+        assert ledger.statuses[200] / load.sent >= 0.998
     assert not ledger.lost
     assert not load.failures
 
@@ -773,7 +778,7 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
         f"{grown[DURATIONS]:,.0f} counted; {scrapes.answered} scrapes, {len(scrapes.fallen)} falls",
     )
     assert not scrapes.fallen
-    assert scrapes.answered > kills
+    assert scrapes.answered > 2 * kills
     assert scrapes.unanswered <= kills
     assert set(right.statuses) | set(wrong.statuses) == {200, 401}
     for name, (answered, unanswered) in bounds.items():
