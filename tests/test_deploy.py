@@ -174,6 +174,10 @@ class World:
             f'case "$1 $2" in\n{cases}*) exec {shutil.which("aws")} "$@" ;;\nesac\n',
         )
 
+    def answer_for_stack(self, shown: str, **answers: str) -> None:
+        """A stack that is there, with this status and these values, and takes what it is given."""
+        self.answer(cloudformation_deploy="", cloudformation_describe_stacks=shown, **answers)
+
     def answered(self, command: str) -> list[str]:
         """The calls of this command of AWS."""
         lines = (self.folder / "aws").read_text().splitlines()
@@ -600,9 +604,7 @@ def test_preflight_refuses(world: World, options: list[str], problems: list[str]
 @pytest.mark.parametrize("mode", ["", "--dry-run"])
 def test_token_of_a_service_that_runs_is_not_made_up(world: World, mode: str) -> None:
     """A mistyped name would cut off every client."""
-    world.answer(
-        cloudformation_deploy="", cloudformation_describe_stacks="UPDATE_COMPLETE\nQueueName\tq\n"
-    )
+    world.answer_for_stack("UPDATE_COMPLETE\nQueueName\tq\n")
     typo = ("--token-parameter", "/email-service/api-tokne", "--queue-name", "dev-CP-queue")
     result = world.run(mode, *typo) if mode else world.run(*typo)
     assert result.returncode == 1
@@ -614,9 +616,7 @@ def test_token_of_a_service_that_runs_is_not_made_up(world: World, mode: str) ->
 
 
 def test_new_token_of_a_service_that_runs_is_the_one_that_is_given(world: World) -> None:
-    world.answer(
-        cloudformation_deploy="", cloudformation_describe_stacks="UPDATE_COMPLETE\nQueueName\tq\n"
-    )
+    world.answer_for_stack("UPDATE_COMPLETE\nQueueName\tq\n")
     new = ("--token-parameter", "/new,/next", "--queue-name", "dev-CP-queue")
     assert "made /new;" in world.deploy(*new, API_TOKEN=TOKEN)
     assert world.token("/new")["Value"] == TOKEN
@@ -741,11 +741,7 @@ def test_old_pods_keep_their_rights_until_new_ones_serve_and_get_everything_back
 
 
 def test_failed_roll_out_after_an_undo_by_hand_goes_back_to_what_ran(world: World) -> None:
-    world.answer(
-        cloudformation_deploy="",
-        cloudformation_describe_stacks="CREATE_COMPLETE\n",
-        ssm_get_parameter="SecureString",
-    )
+    world.answer_for_stack("CREATE_COMPLETE\n", ssm_get_parameter="SecureString")
     world.deploy()
     world.deploy("--token-parameter", "/second")
     state = world.state
@@ -763,11 +759,7 @@ def test_failed_roll_out_after_an_undo_by_hand_goes_back_to_what_ran(world: Worl
 
 @pytest.mark.parametrize("kind", ["PodDisruptionBudget", "HorizontalPodAutoscaler", "Deployment"])
 def test_manifest_that_is_refused_leaves_no_roll_out_behind(world: World, kind: str) -> None:
-    world.answer(
-        cloudformation_deploy="",
-        cloudformation_describe_stacks="CREATE_COMPLETE\n",
-        ssm_get_parameter="SecureString",
-    )
+    world.answer_for_stack("CREATE_COMPLETE\n", ssm_get_parameter="SecureString")
     world.set(refused=kind)
     result = world.run()
     assert result.returncode == 1
@@ -784,10 +776,8 @@ class Checked:
     checkout: Path
 
     def __post_init__(self) -> None:
-        self.world.answer(
-            cloudformation_deploy="",
-            cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
-            ssm_get_parameter="SecureString",
+        self.world.answer_for_stack(
+            "CREATE_COMPLETE\nTokenParameterNames\t/old\n", ssm_get_parameter="SecureString"
         )
         self.serve()
 
@@ -925,10 +915,8 @@ def test_cluster_that_stops_answering_is_one_line_and_gives_back_what_a_run_took
 def test_run_that_is_interrupted_after_its_roll_out_takes_the_rights_of_before_away(
     world: World,
 ) -> None:
-    world.answer(
-        cloudformation_deploy="",
-        cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
-        ssm_get_parameter="SecureString",
+    world.answer_for_stack(
+        "CREATE_COMPLETE\nTokenParameterNames\t/old\n", ssm_get_parameter="SecureString"
     )
     # Ctrl-C reaches both.
     executable(world.folder / "bin" / "sleep", "#!/bin/sh\nkill -INT $PPID $$\n")
@@ -939,10 +927,8 @@ def test_run_that_is_interrupted_after_its_roll_out_takes_the_rights_of_before_a
 
 
 def test_failed_first_roll_out_leaves_the_role_what_was_asked_for(world: World) -> None:
-    world.answer(
-        cloudformation_deploy="",
-        cloudformation_describe_stacks="CREATE_COMPLETE\nTokenParameterNames\t/old\n",
-        ssm_get_parameter="SecureString",
+    world.answer_for_stack(
+        "CREATE_COMPLETE\nTokenParameterNames\t/old\n", ssm_get_parameter="SecureString"
     )
     world.set(rollout_fails=True)
     assert world.run("--token-parameter", "/new").returncode == 1
