@@ -1,7 +1,7 @@
 """Measure email-processor beside what its users would pick instead, under the same load.
 
 It needs Linux, wrk, and the project's own environment (./setup-local.sh makes it); with Node 20 or
-newer Fastify takes part too. It installs the other contenders into bench/.venv and
+newer Fastify takes part too. It installs the other contenders into bench/venv and
 bench/contenders/fastify/node_modules, starts a fake of SSM and SQS with a set latency, and then,
 round by round, each contender in turn. Everything stays on loopback. Ratios within one run are what
 to compare: a machine's load moves all figures together.
@@ -90,7 +90,7 @@ NO_METRICS = Contender(
 )
 DIRECT = flask("direct 4x2", "direct:create_app()")
 CACHED = flask("cached token 4x2", "direct:create_app(cache_seconds=60)")
-FASTAPI = Contender("FastAPI + aiobotocore", (str(BENCH / ".venv/bin/python"), "fastapi_app.py"))
+FASTAPI = Contender("FastAPI + aiobotocore", (str(BENCH / "venv/bin/python"), "fastapi_app.py"))
 FASTIFY = Contender("Fastify + AWS SDK v3", ("node", "server.js"), CONTENDERS / "fastify")
 
 
@@ -372,7 +372,7 @@ def node_version() -> str | None:
 
 def prepare(contenders: list[Contender]) -> None:
     if FASTAPI in contenders:
-        venv, pins = BENCH / ".venv", BENCH / "requirements.txt"
+        venv, pins = BENCH / "venv", BENCH / "requirements.txt"
         make = [sys.executable, "-m", "venv", str(venv)]
         fill = [str(venv / "bin/python"), "-m", "pip", "install", "--quiet"]
         install(venv, pins, make, [*fill, "--require-hashes", "-r", str(pins)])

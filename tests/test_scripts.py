@@ -374,7 +374,7 @@ def test_no_python_is_one_line(project: Path, tmp_path: Path) -> None:
     env = environment(PATH=only(tmp_path / "bin", "bash", "cat", "dirname"))
     result = run(project / "setup-local.sh", env=env)
     assert_one_line(result, "no python3", "3.11", name="setup-local.sh: ")
-    assert not (project / ".venv").exists()
+    assert not (project / "venv").exists()
 
 
 def test_old_python_is_one_line(project: Path, tmp_path: Path) -> None:
@@ -382,14 +382,14 @@ def test_old_python_is_one_line(project: Path, tmp_path: Path) -> None:
     fake_python(tmp_path / "bin" / "python3", "sys.version_info = (3, 10, 13)")
     result = run(project / "setup-local.sh", env=environment(PATH=path))
     assert_one_line(result, "python3 is Python 3.10.13", "3.11", name="setup-local.sh: ")
-    assert not (project / ".venv").exists()
+    assert not (project / "venv").exists()
 
 
 def test_python_without_ensurepip_is_one_line(project: Path, tmp_path: Path) -> None:
     python = fake_python(tmp_path / "python3", 'sys.modules["ensurepip"] = None')
     result = run(project / "setup-local.sh", env=environment(PYTHON=str(python)))
     assert_one_line(result, "apt install python3-venv", name="setup-local.sh: ")
-    assert not (project / ".venv").exists()
+    assert not (project / "venv").exists()
 
 
 def test_python_that_does_not_run_is_one_line(project: Path) -> None:
@@ -406,9 +406,9 @@ def test_no_network_is_one_line_and_the_next_run_starts_anew(project: Path) -> N
         PIP_RETRIES="0",
     )
     result = run(project / "setup-local.sh", "run", env=env)
-    assert_one_line(result, "No network", ".venv/install.log", name="setup-local.sh: ")
+    assert_one_line(result, "No network", "venv/install.log", name="setup-local.sh: ")
     assert result.stdout.splitlines()[-1].startswith("[2/3] install")
-    assert not (project / ".venv" / "made-from").exists()
+    assert not (project / "venv" / "made-from").exists()
 
 
 def test_environment_is_made_once_and_again_when_broken(project: Path) -> None:
@@ -422,10 +422,10 @@ def test_environment_is_made_once_and_again_when_broken(project: Path) -> None:
         assert [step.split()[0] for step in steps] == ["[1/3]", "[2/3]", "[3/3]", "serving"]
         return steps[0].split()[1]
 
-    (project / ".venv").mkdir()  # all that an interrupted run has left
+    (project / "venv").mkdir()  # all that an interrupted run has left
     assert first_step() == "make"
     assert first_step() == "use"
-    python = project / ".venv" / "bin" / "python"
+    python = project / "venv" / "bin" / "python"
     python.unlink()
     python.symlink_to("/nowhere/python3")
     assert first_step() == "make"
@@ -433,12 +433,12 @@ def test_environment_is_made_once_and_again_when_broken(project: Path) -> None:
 
 def test_environment_of_other_requirements_or_of_another_folder_is_not_used(project: Path) -> None:
     """Told by the complaint about a Python that is asked for only when one is to be made."""
-    commands = project / ".venv" / "bin"
+    commands = project / "venv" / "bin"
     executable(commands / "python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
     env = environment(PATH=only(project / "path", "bash", "cat", "dirname"))
 
     def is_used(made_from: str) -> bool:
-        (project / ".venv" / "made-from").write_text(made_from)
+        (project / "venv" / "made-from").write_text(made_from)
         return run(project / "setup-local.sh", env=env).returncode == 0
 
     assert is_used(f"{project}\n# nothing\n")
@@ -451,14 +451,14 @@ def test_environment_of_other_requirements_or_of_another_folder_is_not_used(proj
 def test_test_ends_with_the_status_of_the_tests_or_of_the_coverage(
     project: Path, tests: int, report: int, expected: int
 ) -> None:
-    commands = project / ".venv" / "bin"
+    commands = project / "venv" / "bin"
     executable(commands / "python", f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
     executable(
         commands / "coverage",
         '#!/bin/sh\necho "coverage $*"\n'
         f"case $1 in report) exit {report};; run) exit {tests};; esac\n",
     )
-    (project / ".venv" / "made-from").write_text(f"{project}\n# nothing\n")
+    (project / "venv" / "made-from").write_text(f"{project}\n# nothing\n")
     result = run(project / "setup-local.sh", "test")
     assert result.returncode == expected
     steps = ["erase", "run -m pytest", "combine --quiet", "report"]
@@ -476,7 +476,7 @@ def test_ci_runs_the_tests_then_format_lint_and_types_and_stops_at_the_first_fai
     shutil.copy(PROJECT / ".ci" / "run", tmp_path / ".ci")
     executable(tmp_path / "setup-local.sh", stub)
     for tool in ("ruff", "mypy"):
-        executable(tmp_path / ".venv" / "bin" / tool, stub)
+        executable(tmp_path / "venv" / "bin" / tool, stub)
 
     def ran(broken: str) -> tuple[int, list[str]]:
         result = run(tmp_path / ".ci" / "run", env=environment(BROKEN=broken))

@@ -33,7 +33,7 @@ JOBS = {
 }
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
 SCRIPTS = {step["name"]: step["run"] for step in STEPS if "run" in step}
-OWN = (".ci/run", "./deploy.sh", "./setup-local.sh", ".venv/bin/pip-audit")
+OWN = (".ci/run", "./deploy.sh", "./setup-local.sh", "venv/bin/pip-audit")
 
 
 def triggers(workflow: dict[Any, Any]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_ci_is_the_one_command_that_checks_everything_on_every_python() -> None:
 @cache
 def help_of(command: str) -> str:
     path = PROJECT / command
-    if command.startswith(".venv/bin/"):
+    if command.startswith("venv/bin/"):
         path = Path(sys.executable).parent / path.name
     done = subprocess.run([path, "--help"], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, command
