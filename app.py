@@ -7,11 +7,13 @@ serves on a developer's machine, with an embedded AWS.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -22,7 +24,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -33,10 +35,27 @@ from typing import Any, NoReturn
 
 import boto3
 import botocore.session
+import certifi
 import prometheus_client
+import pycurl
 import yaml
+from botocore.awsrequest import HeadersDict
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.parsers import create_parser
+from botocore.utils import get_environ_proxies
 from flask import Flask, Request, Response, g, has_app_context, request
 from gunicorn.http.errors import ParseException
 from prometheus_client import values
@@ -559,44 +578,20 @@ def timestamp_rule(value: Any) -> str | None:
     return None
 
 
-# --- AWS clients ----------------------------------------------------------------------------------
+# --- AWS calls ------------------------------------------------------------------------------------
 
+# libcurl's options that pycurl has no name for.
+CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
+SSL_ERRORS = (
+    pycurl.E_SSL_CONNECT_ERROR,
+    pycurl.E_PEER_FAILED_VERIFICATION,
+    pycurl.E_SSL_CACERT_BADFILE,
+)
 
-@functools.cache
-def aws_session() -> boto3.Session:
-    """Where all clients get their credentials from, with short time-outs for that as well.
-
-    On EKS they come from STS, through a client of botocore's own, which would wait for 60 s.
-    """
-    session = botocore.session.get_session()
-    session.set_default_client_config(
-        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
-    )
-    return boto3.Session(botocore_session=session)
-
-
-def aws_client(service: str, settings: Settings, connect: float = 1, read: float = 2) -> Any:
-    """A boto3 client. It opens no connection until its first call, so a fork may follow.
-
-    An attempt may take `connect` seconds, and then `read` seconds without a byte of the answer. SSM
-    gets two of them, SQS one: the publisher has retries of its own, for each message of a batch.
-    """
-    publishes = service == "sqs"
-    return aws_session().client(
-        service,
-        region_name=settings.aws_region,
-        config=Config(
-            connect_timeout=connect,
-            read_timeout=read,
-            retries={"mode": "standard", "total_max_attempts": 1 if publishes else 2},
-            max_pool_connections=max(settings.gunicorn_threads, settings.sqs_calls_in_flight),
-            tcp_keepalive=True,
-            # What each call would cost without need: checks of a message that is ours, and a
-            # User-Agent that is built twice.
-            parameter_validation=not publishes,
-            user_agent=f"{SERVICE}/{VERSION}",
-        ),
-    )
+# AWS's spellings of "too often", and of a request that came too slowly.
+_is_passing = re.compile(
+    "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
+).search
 
 
 def cause_of(error: Exception) -> str:
@@ -607,11 +602,241 @@ def cause_of(error: Exception) -> str:
 
 
 def detail_of(error: Exception) -> str:
-    """The cause for the log: AWS's text, which names principal and resource but quotes no token.
+    """The cause for the log: AWS's text, which names principal and resource but quotes no token, or
+    that of the operating system, which names the file.
 
-    The text of any other exception may quote the answer that made botocore fail.
+    The text of any other exception may quote the answer that could not be read.
     """
-    return str(error) if isinstance(error, ClientError | BotoCoreError) else cause_of(error)
+    harmless = isinstance(error, ClientError | BotoCoreError | OSError)
+    return str(error) if harmless else cause_of(error)
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
+    if not isinstance(error, ClientError):
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
+
+
+def aws_session() -> botocore.session.Session:
+    """A session with short time-outs for its own call: a role's credentials come from STS."""
+    session = botocore.session.get_session()
+    session.set_default_client_config(
+        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+    )
+    return session
+
+
+class Credentials:
+    """AWS credentials as boto3 finds them: environment, files, or a role through STS.
+
+    One daemon thread looks for them and renews them. So no request waits for a file or for STS, but
+    for the first ones, and for these at most WAIT_SECONDS. Those that appear, or are mended, after
+    the start are found by its next look.
+    """
+
+    WAIT_SECONDS = 2.0
+    LOOK_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._looked = threading.Event()
+        self._found: Any = None
+        self._problem: Exception = CredentialRetrievalError(
+            provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
+        )
+
+    def frozen(self) -> Any:
+        """Access key, secret key and session token. Raises what boto3 raised."""
+        if self._thread is None:  # not before the fork: a thread would stay behind in the master
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._keep, daemon=True)
+                    self._thread.start()
+        if not self._looked.wait(self.WAIT_SECONDS):
+            self._looked.set()  # nobody else waits
+        if self._found is None:
+            raise self._problem.with_traceback(None)  # else it would grow with each request
+        return self._found
+
+    def _keep(self) -> None:
+        source = None
+        while True:
+            try:
+                # A file may have changed. Only a role's credentials are asked for again.
+                if not isinstance(source, RefreshableCredentials):
+                    source = aws_session().get_credentials()
+                if source is None:
+                    raise NoCredentialsError
+                self._found = source.get_frozen_credentials()
+            except Exception as error:  # a file or an answer of STS may be garbled in any way
+                source, self._problem = None, error
+                if self._found:  # they count until AWS refuses them
+                    log.warning("credentials not renewed", extra={"cause": detail_of(error)})
+            self._looked.set()
+            if getattr(source, "method", "") == "env":
+                return  # a process's environment stays
+            time.sleep(self.LOOK_SECONDS)
+
+
+class AwsClient:
+    """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
+
+    libcurl makes them: it signs, keeps connections, and ends each call `seconds` after its start,
+    from the name look-up to the last byte of the answer. boto3 would need five times the CPU, and
+    has no limit for the whole call. Region, endpoint and credentials are still boto3's. Errors are
+    those of botocore: ClientError for what AWS refuses, else the kind of failure on the way there.
+    """
+
+    CONNECT_SECONDS = 1.0
+    MAX_ANSWER_BYTES = 2**20  # ten results of a batch have 3 kB
+
+    def __init__(
+        self, service: str, region: str, credentials: Credentials, seconds: float = 3
+    ) -> None:
+        session = aws_session()
+        # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
+        # looks for none.
+        meta = (
+            boto3.Session(botocore_session=session)
+            .client(service, region, aws_access_key_id="-", aws_secret_access_key="-")  # noqa: S106
+            .meta
+        )
+        # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
+        # sent.
+        self.url = meta.endpoint_url.rstrip("/") + "/"
+        self._credentials = credentials
+        self._seconds = seconds
+        metadata = meta.service_model.metadata
+        self._headers = [
+            f"Content-Type: application/x-amz-json-{metadata['jsonVersion']}",
+            "Expect:",
+        ]
+        if "awsQueryCompatible" in metadata:  # SQS then sends the error codes that boto3 shows
+            self._headers.append("X-Amzn-Query-Mode: true")
+        # One thread at a time uses a handle, and none is made before the fork.
+        self._handles: deque[tuple[pycurl.Curl, list[int]]] = deque()
+        authorities = (
+            session.get_config_variable("ca_bundle")
+            or os.environ.get("REQUESTS_CA_BUNDLE")
+            or certifi.where()
+        )
+        self._options = {
+            pycurl.URL: self.url,
+            pycurl.POST: 1,
+            pycurl.AWS_SIGV4: f"aws:amz:{meta.region_name}:{meta.service_model.signing_name}",
+            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
+            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+            pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
+            pycurl.DNS_CACHE_TIMEOUT: 0,  # as with boto3, each new connection looks the name up
+            pycurl.NOSIGNAL: 1,
+            pycurl.TCP_KEEPALIVE: 1,
+            pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
+            pycurl.CAINFO: authorities,
+            pycurl.PROXY_CAINFO: authorities,
+            # libcurl reads other variables, and reads them otherwise, than boto3.
+            pycurl.PROXY: get_environ_proxies(self.url).get(self.url.partition(":")[0], ""),
+            pycurl.NOPROXY: "",
+            CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
+            # Else a handle that is dropped waits for a look-up that hangs.
+            CURLOPT_QUICK_EXIT: 1,
+        }
+
+    def within(self, seconds: float) -> AwsClient:
+        """The same client, whose calls may take this long."""
+        client = copy.copy(self)
+        client._seconds = seconds
+        return client
+
+    def get_parameters(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSSM.GetParameters", given, tries=2)
+
+    def get_queue_attributes(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.GetQueueAttributes", given, tries=2)
+
+    def send_message(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessage", given)
+
+    def send_message_batch(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessageBatch", given)
+
+    def _call(self, target: str, given: dict[str, Any], tries: int = 1) -> dict[str, Any]:
+        """Make the call; where it changes nothing, a second time if that may help."""
+        end = time.monotonic() + self._seconds
+        while True:
+            tries -= 1
+            try:
+                return self._call_once(target, json.dumps(given).encode(), end - time.monotonic())
+            except Exception as error:
+                if not tries or not is_temporary(error) or time.monotonic() >= end:
+                    raise
+
+    def _call_once(self, target: str, body: bytes, seconds: float) -> dict[str, Any]:
+        credentials = self._credentials.frozen()
+        headers = [*self._headers, f"X-Amz-Target: {target}"]
+        if credentials.token:
+            headers.append(f"X-Amz-Security-Token: {credentials.token}")
+        try:
+            curl, sends = self._handles.pop()
+        except IndexError:
+            curl, sends = self._new_handle()
+        head: list[bytes] = []
+        sends[0] = 0
+        try:
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int(seconds * 1000)))
+            curl.setopt(pycurl.USERNAME, credentials.access_key)
+            curl.setopt(pycurl.PASSWORD, credentials.secret_key)
+            curl.setopt(pycurl.HTTPHEADER, headers)
+            curl.setopt(pycurl.POSTFIELDS, body)
+            curl.setopt(pycurl.HEADERFUNCTION, head.append)
+            answer = curl.perform_rb()
+            status = curl.getinfo(pycurl.RESPONSE_CODE)
+        except pycurl.error as error:
+            raise self._failure(error, sent=sends[0] > 0) from None
+        finally:
+            # After an error too: libcurl mends the handle by itself, and to drop it may block.
+            self._handles.append((curl, sends))
+        if status < 300:
+            return json.loads(answer)  # type: ignore[no-any-return]
+        lines = (line.decode("latin-1").partition(":") for line in head)
+        refusal = {
+            "status_code": status,
+            "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
+            "body": answer,
+        }
+        raise ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+
+    def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
+        curl, sends = pycurl.Curl(), [0]
+        for option, value in self._options.items():
+            curl.setopt(option, value)
+
+        def before_sending(*_: object) -> int:
+            # When a kept connection dies before the answer, libcurl would send the request once
+            # more by itself: the queue could get a message twice, and nobody would know.
+            sends[0] += 1
+            return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
+
+        curl.setopt(pycurl.PREREQFUNCTION, before_sending)
+        return curl, sends
+
+    def _failure(self, error: pycurl.error, sent: bool) -> Exception:
+        code, text = error.args[:2]
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            kind = ReadTimeoutError if sent else ConnectTimeoutError
+        elif code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT):
+            kind = EndpointConnectionError
+        elif code == pycurl.E_COULDNT_RESOLVE_PROXY:
+            kind = ProxyConnectionError
+        elif code in SSL_ERRORS:
+            kind = SSLError
+        else:
+            kind = ConnectionClosedError
+        failure: Exception = kind(endpoint_url=self.url, proxy_url="", error="")
+        failure.args = (f"{failure} {text}",)
+        return failure
 
 
 # --- Token store ----------------------------------------------------------------------------------
@@ -752,8 +977,12 @@ class Message:
         return entry, size
 
     def deduplication_id(self) -> str:
-        """SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed."""
-        key = self.idempotency_key or self.request_id
+        """The idempotency key, or without one an id of this message's own: the request id may be
+        shared by several messages, and SQS would drop all but the first.
+
+        SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed.
+        """
+        key = self.idempotency_key or f"{random.getrandbits(128):032x}"
         if re.fullmatch(r"[!-~]{1,128}", key):
             return key
         return hashlib.sha256(key.encode()).hexdigest()
@@ -770,14 +999,6 @@ def ascii_json(text: str) -> str:
 
 
 TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
-
-
-def is_temporary(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
-    if not isinstance(error, ClientError):
-        return True
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return status >= 500 or status == 429 or "Throttl" in cause_of(error)
 
 
 def is_about_the_queue(error: Exception) -> bool:
@@ -802,59 +1023,14 @@ class Pending:
 
     entry: dict[str, Any]
     size: int
+    request_id: str
     deadline: float
     attempts: int = 0
     alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
-    in_flight: bool = False  # in a call, or about to be
-    call: list[Pending] | None = None  # the batch that its request is to send
     outcome: str | Refusal | None = None  # the MessageId, or why there is none
-    wake: threading.Lock = field(default_factory=threading.Lock)  # released when one of both is set
-
-
-class Circuit:
-    """Whether SQS is known to be down, so that requests are refused at once instead of waiting.
-
-    It opens when a call runs out of time while no other one was answered, or when FAILURES calls in
-    a row fail in some other way that may pass, and closes with the first answer. While it is open,
-    one call at a time is made all the same, with less patience than otherwise, to find out whether
-    SQS is back: first with the messages that saw it go down, then with one message PROBE_SECONDS
-    after the last try.
-    """
-
-    # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.
-    FAILURES = 10
-    PROBE_SECONDS = 0.25
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._opened_at = self._probe_at = 0.0
-        self._answered_at = -float("inf")
-        self.open = False
-
-    def may_probe(self) -> bool:
-        return self._clock() >= self._probe_at
-
-    def answered(self) -> None:
-        """SQS has taken or refused something."""
-        self._failures = 0
-        self._answered_at = self._clock()
-        if self.open:
-            self.open = False
-            SQS_CIRCUITS_OPEN.set(0)
-            seconds = round(self._clock() - self._opened_at, 1)
-            log.warning("SQS is back", extra={"seconds": seconds})
-
-    def failed(self, timed_out: bool, began: float, cause: str) -> None:
-        """A call that began then, by the clock, failed in a way that may pass."""
-        self._failures += 1
-        self._probe_at = self._clock() + self.PROBE_SECONDS
-        silent = timed_out and self._answered_at < began
-        if not self.open and (silent or self._failures >= self.FAILURES):
-            self.open = True
-            SQS_CIRCUITS_OPEN.set(1)
-            self._opened_at = self._clock()
-            log.error("SQS is down; refused until it answers", extra={"cause": cause})
+    look: threading.Event = field(
+        default_factory=threading.Event
+    )  # its request has something to do
 
 
 class QueueLimit:
@@ -900,12 +1076,17 @@ class QueueLimit:
 class Publisher:
     """Puts messages into the queue, those that arrive together in one call.
 
-    A call costs nearly the same for ten messages as for one, so they share it as commits share a
-    write of a database's log: a message that finds no call under way goes at once, those that come
-    meanwhile wait and go together in the next. There is no timer and no thread: the request of a
-    batch's first message makes the call, gives every other its result, and hands the next batch on.
-    Further calls start while one is under way if a full batch waits, or a request in every thread
-    of the worker, so that none could join, or if the last call to start does not come back.
+    A call costs nearly the same for ten messages as for one, so messages that come while a call is
+    under way wait and go together in the next (group commit). There is no timer and no thread: the
+    request whose message is first in the line makes the call for its batch. A further call starts
+    beside the one under way when a full batch waits, when every request thread has a message, so
+    that none could join, or when the last call has taken STALL_SECONDS.
+
+    SQS counts as down (the circuit is open) when a call runs out of time while no other one was
+    answered, or when FAILURES calls in a row fail in a way that may pass. Messages are then refused
+    at once, but for one call at a time, with less time, that finds out whether SQS is back: first
+    the one that saw it go down, then one PROBE_SECONDS after the last. Any answer closes the
+    circuit.
 
     Messages for a FIFO queue go in the order in which they came, but one that is tried again comes
     after those that were sent with it. A client that waits for each answer sees its order kept.
@@ -913,37 +1094,36 @@ class Publisher:
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
     ATTEMPTS = 3
-    SECONDS = 5.0  # for a message to wait and to be tried again; a call then under way still ends
-    STALL_SECONDS = 0.25  # after which the others no longer wait for a call; it usually takes 0.03
+    SECONDS = 5.0  # for a message to wait for its calls; one that has begun still ends
+    STALL_SECONDS = 0.25  # a call usually takes 0.03
+    FAILURES = 10  # if three calls in ten fail by chance, as many in a row come once in 170,000
+    PROBE_SECONDS = 0.25
 
     def __init__(
         self,
         sqs: Any,
-        probe: Any,  # the client for one message while SQS is down
+        probe: Any,  # the same with less time for a call, while the circuit is open
         queue_url: str,
         calls_in_flight: int,
         threads: int,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
-        jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._sqs = sqs
-        self._probe = probe
-        self._queue_url = queue_url
+        self._sqs, self._probe, self._queue_url = sqs, probe, queue_url
         self.limit = QueueLimit(sqs, queue_url)
         self._fifo = queue_url.endswith(".fifo")
         self._calls_in_flight = 1 if self._fifo else calls_in_flight  # in order: one by one
         self._threads = threads
-        self._clock = clock
-        self._pause = pause
-        self._jitter = jitter
-        self._lock = threading.Lock()
+        self._clock, self._pause = clock, pause
+        self._lock = threading.Lock()  # of all that follows
         self._waiting: deque[Pending] = deque()
-        self._probing: list[Pending] | None = None  # the batch that is to find out if SQS is back
         self._under_way = 0  # calls,
         self._in_flight = 0  # with as many messages
-        self._started_at = 0.0  # the last call
-        self._circuit = Circuit(clock)
+        self._started_at = -math.inf  # the last call
+        self._failures = 0  # calls in a row
+        self._answered_at = -math.inf
+        self._open = False  # the circuit
+        self._opened_at = self._probe_at = 0.0
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
@@ -955,84 +1135,88 @@ class Publisher:
         if size > limit:
             reason = f"The message has {size} bytes, the queue takes {limit}."
             raise Refusal("message_too_large", reason)
-        pending = Pending(entry, size, self._clock() + self.SECONDS)
-        pending.wake.acquire()
+        pending = Pending(entry, size, message.request_id, self._clock() + self.SECONDS)
         with self._lock:
-            if self._circuit.open and not (self._may_start() and self._circuit.may_probe()):
+            if self._open and not self._may_start():
                 raise Refusal("queue_unavailable")
             self._waiting.append(pending)
-            self._start_call()
-        while (outcome := pending.outcome) is None:
-            if pending.call:
-                batch, pending.call = pending.call, None
+        while pending.outcome is None:
+            if batch := self._next_batch(pending):
                 self._send(batch)
-            elif not pending.wake.acquire(timeout=self._patience(pending)):
-                self._lose_patience(pending)
-        if isinstance(outcome, Refusal):
-            raise outcome
-        return outcome
+            elif not pending.outcome:
+                pending.look.wait(self.STALL_SECONDS)
+                pending.look.clear()
+        if isinstance(pending.outcome, Refusal):
+            raise pending.outcome
+        return pending.outcome
 
     def _may_start(self) -> bool:
-        """Whether a call may start beside those under way, which may hang while SQS is down."""
-        if self._circuit.open:
-            return not self._probing and self._under_way < self._calls_in_flight
-        waiting = len(self._waiting)
-        full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
-        stalled = self._clock() - self._started_at >= self.STALL_SECONDS
-        return self._under_way < (self._calls_in_flight if full or stalled else 1)
+        """Whether a call may start beside those under way. Locked."""
+        if self._under_way >= self._calls_in_flight:
+            return False
+        now = self._clock()
+        if self._open:
+            return now >= self._probe_at
+        with_message = len(self._waiting) + self._in_flight
+        return (
+            not self._under_way
+            or len(self._waiting) >= self.MAX_ENTRIES
+            or with_message >= self._threads
+            or now - self._started_at >= self.STALL_SECONDS
+        )
 
-    def _start_call(self) -> None:
-        """Hand the next batch to the request of its first message, if a call may start. Locked."""
-        if not self._waiting or not self._may_start():
-            return
-        batch, size = [self._waiting.popleft()], 0
-        while self._waiting and len(batch) < self.MAX_ENTRIES:
-            size += batch[-1].size
-            following = self._waiting[0]
-            if size + following.size > self.MAX_BYTES or following.alone or batch[0].alone:
-                break
-            batch.append(self._waiting.popleft())
-        if self._circuit.open:
-            self._probing = batch
-        self._under_way += 1
-        self._in_flight += len(batch)
-        self._started_at = self._clock()
-        for pending in batch:
-            pending.in_flight = True
-        batch[0].call = batch
-        self._rouse(batch[0])
+    def _next_batch(self, pending: Pending) -> list[Pending]:
+        """The batch that this message's request is to send now: its message is the first in it."""
+        with self._lock:
+            now, batch, size = self._clock(), list[Pending](), 0
+            if now >= pending.deadline and pending in self._waiting:
+                self._waiting.remove(pending)
+                pending.outcome = Refusal("queue_unavailable")
+                extra = {"cause": "out of time", "messages": 1, "request_ids": [pending.request_id]}
+                log.error("messages not sent", extra=extra)
+            elif self._waiting and self._waiting[0] is pending and self._may_start():
+                while self._waiting and len(batch) < self.MAX_ENTRIES:
+                    following = self._waiting[0]
+                    size += following.size
+                    if batch and (size > self.MAX_BYTES or following.alone or batch[0].alone):
+                        break
+                    batch.append(self._waiting.popleft())
+                self._under_way += 1
+                self._in_flight += len(batch)
+                self._started_at = now
+                self._probe_at = now + 1  # longer than a probe takes
+            self._rouse_first()
+            return batch
+
+    def _rouse_first(self) -> None:
+        """Tell the request that is to make the next call, if one may start. Locked."""
+        if self._waiting and self._may_start():
+            self._waiting[0].look.set()
 
     def _send(self, batch: list[Pending]) -> None:
-        """Make one call, settle its messages, and hand the next batch on whatever happens."""
+        """Make one call and settle its messages, whatever happens."""
         again: list[Pending] = []
         try:
             if batch[0].attempts:
-                self._pause((1 + self._jitter()) * 0.025 * 2 ** batch[0].attempts)
-            # Without those whose request has given up meanwhile.
-            sent, began = [p for p in batch if p.outcome is None], self._clock()
-            results = self._call(sent)
+                self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
+            began = self._clock()
+            results = self._call(batch)
             SQS_CALL_DURATION.observe(self._clock() - began)
-            SQS_BATCH_SIZE.observe(len(sent))
-            again = self._settle(sent, results, began)
+            SQS_BATCH_SIZE.observe(len(batch))
+            again = self._settle(batch, results, began)
         finally:
             with self._lock:
                 for pending in batch:
-                    pending.in_flight = False
                     if pending not in again:  # it has its outcome, unless this thread is dying
                         self._end(pending, Refusal("queue_unavailable"))
-                # In front, in their order.
-                self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
-                if self._probing is batch:
-                    self._probing = None
+                self._waiting.extendleft(reversed(again))  # in front, in their order
                 self._under_way -= 1
                 self._in_flight -= len(batch)
-                self._start_call()
-                if self._waiting:  # how long to wait depends on the calls under way
-                    self._rouse(self._waiting[0])
+                self._rouse_first()
 
     def _call(self, batch: list[Pending]) -> list[str | Exception]:
         """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
-        sqs = self._probe if self._circuit.open else self._sqs
+        sqs = self._probe if self._open else self._sqs
         try:
             if len(batch) == 1:
                 answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
@@ -1049,7 +1233,7 @@ class Publisher:
                 results[sent.get("Id")] = sent.get("MessageId", "")
             unknown = ValueError("the answer has no MessageId")
             return [results.get(str(n)) or unknown for n in range(len(batch))]
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
+        except Exception as error:  # an answer may be garbled in any way
             return [error] * len(batch)
 
     def _settle(
@@ -1060,10 +1244,10 @@ class Publisher:
         SQS_CALLS[label].inc()
         # One of them may be at fault: each is tried alone.
         together = len(batch) > 1 and all(result is results[0] for result in results)
-        again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
+        again, failures = list[Pending](), dict[tuple[str, bool], list[str]]()
         with self._lock:
-            # What sees SQS go down is tried once more, as the probe; what then fails is not.
-            may_retry = not self._circuit.open
+            # What saw SQS go down is tried once more, as the probe; a probe is not.
+            may_retry, now = not self._open, self._clock()
             for pending, result in zip(batch, results, strict=True):
                 pending.attempts += 1
                 if isinstance(result, str):
@@ -1073,8 +1257,8 @@ class Publisher:
                 pending.alone = pending.alone or (together and not temporary)
                 in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
                 may_pass = temporary or (together and not is_about_the_queue(result))
-                retried = may_pass and in_time and may_retry
-                failures[cause, retried] += 1
+                retried = may_retry and may_pass and in_time
+                failures.setdefault((cause, retried), []).append(pending.request_id)
                 if retried:
                     again.append(pending)
                 else:
@@ -1082,43 +1266,38 @@ class Publisher:
                     too_large = "must be shorter than" in cause
                     code = "message_too_large" if too_large else "queue_unavailable"
                     self._end(pending, Refusal(code))
-            if label in ("timeout", "unavailable"):
-                self._circuit.failed(label == "timeout", began, cause)
-            else:
-                self._circuit.answered()
-            while self._circuit.open and self._waiting:  # nobody waits any longer
-                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
-        for (cause, retried), count in failures.items():
+            self._note(label, began, next(iter(failures), ("", False))[0])
+        for (cause, retried), ids in failures.items():
             level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
-            log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
+            extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
+            log.log(level, f"messages not sent{text}", extra=extra)
         return again
 
     def _end(self, pending: Pending, outcome: str | Refusal) -> None:
         if pending.outcome is None:
             pending.outcome = outcome
-            self._rouse(pending)
+            pending.look.set()
 
-    def _patience(self, pending: Pending) -> float:
-        """How many seconds a request waits before it looks after its message itself."""
-        end = pending.deadline
-        may_start = self._under_way < self._calls_in_flight and not self._circuit.open
-        if may_start and not pending.in_flight:
-            end = min(end, self._started_at + self.STALL_SECONDS)
-        return max(0, end - self._clock())
-
-    def _lose_patience(self, pending: Pending) -> None:
-        with self._lock:
-            if self._clock() < pending.deadline:
-                self._start_call()
-            elif pending.outcome is None and pending.call is None:
-                self._end(pending, Refusal("queue_unavailable"))
-                if not pending.in_flight:  # else it may get into the queue all the same
-                    self._waiting.remove(pending)
-                    log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
-
-    def _rouse(self, pending: Pending) -> None:
-        if pending.wake.locked():
-            pending.wake.release()
+    def _note(self, label: str, began: float, cause: str) -> None:
+        """Open or close the circuit after a call that began then. Locked."""
+        now = self._clock()
+        if label not in ("timeout", "unavailable"):
+            self._failures, self._answered_at = 0, now
+            if self._open:
+                self._open = False
+                SQS_CIRCUITS_OPEN.set(0)
+                log.warning("SQS is back", extra={"seconds": round(now - self._opened_at, 1)})
+            return
+        self._failures += 1
+        silent = label == "timeout" and self._answered_at < began
+        if self._open:
+            self._probe_at = now + self.PROBE_SECONDS
+        elif silent or self._failures >= self.FAILURES:
+            self._open, self._opened_at, self._probe_at = True, now, now
+            SQS_CIRCUITS_OPEN.set(1)
+            log.error("SQS is down; refused until it answers", extra={"cause": cause})
+            while self._waiting:  # nobody waits any longer
+                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -1182,16 +1361,16 @@ def create_app(
     are made. No call to AWS is made and no thread started before the first request.
     """
     settings = settings or Settings.from_environ(os.environ)
-    tokens = TokenStore(
-        ssm or aws_client("ssm", settings),
-        settings.token_ssm_parameter,
-        settings.token_cache_seconds,
-        clock,
-    )
+    credentials = Credentials()
+    ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
+    probe = sqs  # whoever brings a client decides how long its calls take
+    if sqs is None:
+        sqs = AwsClient("sqs", settings.aws_region, credentials)
+        probe = sqs.within(0.75)  # nobody is to wait longer than a second for an SQS that is down
+    tokens = TokenStore(ssm, settings.token_ssm_parameter, settings.token_cache_seconds, clock)
     publisher = Publisher(
-        sqs or aws_client("sqs", settings, read=3),
-        # Nobody is to wait longer than a second for an SQS that is down.
-        sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
+        sqs,
+        probe,
         settings.sqs_queue_url,
         settings.sqs_calls_in_flight,
         settings.gunicorn_threads,
@@ -1394,13 +1573,14 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         del os.environ[variable]
     os.environ.update(aws)
     # The emulator's first answers take seconds on a busy machine; so a try may come twice.
-    aws_client("ssm", settings, read=30).put_parameter(
+    session = boto3.Session(region_name=settings.aws_region)
+    session.client("ssm").put_parameter(
         Name=settings.token_ssm_parameter[0],
         Value=EXAMPLE_TOKEN,
         Type="SecureString",
         Overwrite=True,
     )
-    queue = aws_client("sqs", settings, read=30).create_queue(QueueName="dev-CP-queue")
+    queue = session.client("sqs").create_queue(QueueName="dev-CP-queue")
     return {**aws, "SQS_QUEUE_URL": queue["QueueUrl"]}
 
 
