@@ -68,6 +68,7 @@ except app.SettingsError as error:
 
 wsgi_app = "app:create_app()"
 bind = f"0.0.0.0:{settings.port}"
+reuse_port = True
 worker_class = "gthread"
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
