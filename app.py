@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -202,9 +203,9 @@ ERRORS = {
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
     "request_too_large": (413, "The request is too large."),
     "request_timeout": (408, "The request body did not arrive in time."),
-    "unsupported_media_type": (415, "The Content-Type must be application/json."),
+    "unsupported_media_type": (415, "The Content-Type must be application/json, uncompressed."),
     "invalid_json": (400, "The request is not a JSON object in UTF-8."),
-    "token_required": (401, 'The request needs a "token".'),
+    "token_required": (401, 'The request needs a "token" at the top level of the JSON body.'),
     "invalid_token": (401, "Invalid token."),
     "token_store_unavailable": (503, "The token cannot be checked at present. Try again."),
     "invalid_data": (400, '"data" must be an object with the four email fields.'),
@@ -214,6 +215,8 @@ ERRORS = {
     "internal_error": (500, "Something went wrong here. The cause is in the service's log."),
 }
 RETRY_AFTER_SECONDS = 5
+# A scheme of our own, so that no browser asks for a password. A 401 needs one, by RFC 9110.
+AUTHENTICATE = f'Token realm="{SERVICE}"'
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
@@ -491,10 +494,21 @@ _decoder = json.JSONDecoder(
 _to_value = re.compile(r"\s*:\s*").match
 
 
+def check_media_type(request: Request) -> None:
+    """Raises Refusal unsupported_media_type, also for a body that is compressed."""
+    if not request.is_json:
+        raise Refusal("unsupported_media_type")
+    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        codings = request.headers.get(header, "").lower().split(",")
+        if any(coding.strip() not in ("", plain) for coding in codings):
+            message = f"The {header} must be {plain} or absent: send the body uncompressed."
+            raise Refusal("unsupported_media_type", message)
+
+
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
     """The members of the request's JSON object, and its text. Raises Refusal invalid_json."""
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # without the byte order mark that PowerShell sends
         members = _decoder.decode(text)
         # Only a text with many brackets can be deep; most never pay for the walk.
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _is_deep(members):
@@ -541,6 +555,11 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+def is_visible(character: str) -> bool:
+    """Whether it is no white space, control or format character (such as U+200B and U+FEFF)."""
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+
+
 def validate_data(data: Any) -> None:
     """Check the four fields. Raises Refusal invalid_data or invalid_timestamp."""
     if not isinstance(data, dict):
@@ -551,7 +570,7 @@ def validate_data(data: Any) -> None:
         if value is None:
             problems[name] = f"{name} is missing"
         elif isinstance(value, str):
-            if not value.strip():
+            if not any(map(is_visible, value)):
                 problems[name] = f"{name} is empty"
         elif name != "email_timestream":
             problems[name] = f"{name} is not a string"
@@ -870,6 +889,7 @@ class TokenStore:
         self._jitter = jitter
         self._lock = threading.Lock()
         self._tokens: tuple[bytes, ...] = ()
+        self._warned: set[tuple[str, str]] = set()
         self._attempted_at = self._due_at = self._stale_at = -float("inf")
         self._reads = 0  # successful ones, to tell whether another thread has just read
         self.ready = False  # a token was read at least once
@@ -913,9 +933,9 @@ class TokenStore:
         try:
             answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
             missing = answer.get("InvalidParameters", [])
-            tokens = tuple(parameter["Value"].encode() for parameter in answer["Parameters"])
-            if len(tokens) + len(missing) != len(self._names):
+            if len(answer["Parameters"]) + len(missing) != len(self._names):
                 raise ValueError("the answer does not speak of every parameter")
+            tokens = [t for parameter in answer["Parameters"] for t in self._tokens_of(parameter)]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
@@ -925,7 +945,7 @@ class TokenStore:
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
         TOKEN_READ_TIMESTAMP.set_to_current_time()
-        self._tokens = tokens
+        self._tokens = tuple(token.encode() for token in tokens)
         self.ready = self.ready or bool(tokens)
         if self.ready:
             # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
@@ -934,6 +954,32 @@ class TokenStore:
         self._reads += 1
         self.problem = None
         TOKEN_READS["success"].inc()
+
+    def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
+        """A parameter's tokens. What its owner may not have meant is logged once, without them."""
+        kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
+        values = value.split(",") if kind == "StringList" else [value]
+        visible = [[n for n, character in enumerate(v) if is_visible(character)] for v in values]
+        tokens = [
+            v[at[0] : at[-1] + 1] if at else "" for v, at in zip(values, visible, strict=True)
+        ]
+        for problem, is_there in (
+            (
+                f"is a {kind}, which is not encrypted; make it a SecureString",
+                kind != "SecureString",
+            ),
+            ("has white space around its value, which does not count", tokens != values),
+            (
+                "has quotes around its value, which count",
+                any(re.fullmatch(r"(['\"]).*\1", t) for t in tokens),
+            ),
+            ("has no token in it", not all(tokens)),
+        ):
+            warning = parameter.get("Name", ""), problem
+            if is_there and warning not in self._warned:
+                self._warned.add(warning)
+                log.warning(f"token parameter {problem}", extra={"parameters": [warning[0]]})
+        return [token for token in tokens if token]
 
 
 # --- Publisher ------------------------------------------------------------------------------------
@@ -1327,6 +1373,13 @@ _DOCS_POLICY = (
 )
 
 
+def header_text(value: str) -> str:
+    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is."""
+    with suppress(UnicodeDecodeError):
+        value = value.encode("latin-1").decode()
+    return value.strip()
+
+
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(body), status, mimetype="application/json")
 
@@ -1394,8 +1447,7 @@ def create_app(
     def take_message() -> str:
         """Read, check and publish what the request brings; the MessageId."""
         body = read_body(settings.max_request_bytes, deadline)
-        if not request.is_json:
-            raise Refusal("unsupported_media_type")
+        check_media_type(request)
         members, text = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
@@ -1407,7 +1459,7 @@ def create_app(
             Message(
                 body=ascii_json(data_text(text)),
                 request_id=g.line["request_id"],
-                idempotency_key=request.environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
+                idempotency_key=header_text(request.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
                 trace_header=g.trace_header,
             )
         )
@@ -1495,6 +1547,8 @@ def create_app(
             log.error("unforeseen error", exc_info=error)
         if refusal.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        elif refusal.status == 401:
+            headers["WWW-Authenticate"] = AUTHENTICATE
         g.line["error"] = refusal.code
         response = json_response(refusal.body(g.line["request_id"]), refusal.status)
         response.headers.update(headers)
@@ -1566,11 +1620,15 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         "AWS_REGION": settings.aws_region,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
-        "NO_PROXY": host,
+        # Nothing of a developer's own configuration may lead past the emulator.
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "*",
     }
-    # Nothing of a developer's own AWS configuration may lead past the emulator.
-    for variable in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[variable]
+    for name in list(os.environ):
+        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
+            del os.environ[name]
     os.environ.update(aws)
     # The emulator's first answers take seconds on a busy machine; so a try may come twice.
     session = boto3.Session(region_name=settings.aws_region)
