@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 BENCH = Path(__file__).resolve().parent
 
 # List prices of us-east-1, without the free tier. Fargate stands in for what an EKS node costs.
-PRICES_OF = "May 2026"
+PRICES_OF = "2026"
 SQS_DOLLARS_PER_MILLION = 0.40
 VCPU_DOLLARS_PER_HOUR = 0.04048
 API_GATEWAY_DOLLARS_PER_MILLION = 1.00  # HTTP API, up to 300 million requests a month
