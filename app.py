@@ -203,7 +203,7 @@ ERRORS = {
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
     "request_too_large": (413, "The request is too large."),
     "request_timeout": (408, "The request body did not arrive in time."),
-    "unsupported_media_type": (415, "The Content-Type must be application/json, uncompressed."),
+    "unsupported_media_type": (415, "The Content-Type must be application/json."),
     "invalid_json": (400, "The request is not a JSON object in UTF-8."),
     "token_required": (401, 'The request needs a "token" at the top level of the JSON body.'),
     "invalid_token": (401, "Invalid token."),
@@ -343,25 +343,15 @@ def request_id_of(offered: str) -> str:
 _x_ray_header = re.compile(
     r"(?:\w+=[\w:.|-]+;)*Root=(1-[0-9a-f]{8}-[0-9a-f]{24})(?:;\w+=[\w:.|-]*)*;?", re.ASCII
 ).fullmatch
-# By W3C Trace Context: ff is no version, zeros are no id, and only versions after 00 may say more.
-_traceparent = re.compile(
-    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{8})([0-9a-f]{24})"
-    r"-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
-).fullmatch
 
 
-def trace_of(x_amzn_trace_id: str, traceparent: str) -> tuple[str, str | None]:
+def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
     """The X-Ray header that goes on with the message, and the id of the trace for the log.
 
-    Of the two headers the first that is well-formed counts; SQS would refuse a message with any
-    other text. The empty text and None when there is none.
+    The empty text and None when it is not well-formed: SQS would refuse a message with any other.
     """
     if 0 < len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
         return x_amzn_trace_id, found[1]
-    if traceparent and (found := _traceparent(traceparent)):
-        seconds, rest, parent, flags = found.groups()
-        trace_id = f"1-{seconds}-{rest}"
-        return f"Root={trace_id};Parent={parent};Sampled={int(flags, 16) & 1}", trace_id
     return "", None
 
 
@@ -1559,9 +1549,7 @@ def create_app(
     @app.before_request
     def begin() -> None:
         environ = request.environ
-        g.trace_header, trace_id = trace_of(
-            environ.get("HTTP_X_AMZN_TRACE_ID", ""), environ.get("HTTP_TRACEPARENT", "")
-        )
+        g.trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
         # The request's log line, gathered on the way.
         request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
         g.line = {"request_id": request_id, "trace_id": trace_id}
