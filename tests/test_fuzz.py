@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,13 @@ SPACE = st.sampled_from(["", " ", "\t\r\n"])
 NUMBERS = st.sampled_from(["1.10", "1e400", "-0", "9" * 5000]) | st.from_regex(
     r"-?(0|[1-9][0-9]{0,29})(\.[0-9]{1,9})?([eE][+-]?[0-9]{1,3})?", fullmatch=True
 )
+
+
+def has_text(value: str) -> bool:
+    """Whether not all is white space, a control or a format character, by Unicode's categories."""
+    return any(unicodedata.category(c) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for c in value)
+
+
 # The source texts of JSON strings, whose characters are escaped or as they are.
 STRINGS = TEXTS.map(json.dumps) | st.text().map(lambda text: json.dumps(text, ensure_ascii=False))
 
@@ -174,7 +182,7 @@ def valid_requests(draw: st.DrawFn) -> tuple[str, str]:
     # The last of several members of one name counts, so these come first.
     names = STRINGS | st.sampled_from(["data", "token", *DATA]).map(json.dumps)
     further = st.lists(member(names, DOCUMENTS), max_size=2)
-    values = dict.fromkeys(DATA, STRINGS.filter(lambda source: json.loads(source).strip()))
+    values = dict.fromkeys(DATA, STRINGS.filter(lambda source: has_text(json.loads(source))))
     values["email_timestream"] = TIMESTAMPS.map(str) | TIMESTAMPS.map('"{}"'.format)
     fields = [draw(member(st.just(f'"{name}"'), value)) for name, value in values.items()]
     data = "{" + ",".join(draw(further) + draw(st.permutations(fields))) + "}"
@@ -228,7 +236,7 @@ def test_any_token_but_the_one_is_401(token: Any, has_data: bool) -> None:
 def is_valid(name: str, value: Any) -> bool:
     """Rules 10 and 11 of the contract."""
     if name != "email_timestream":
-        return isinstance(value, str) and value.strip() != ""
+        return isinstance(value, str) and has_text(value)
     if isinstance(value, str) and re.fullmatch("[0-9]+", value):
         value = int(value)
     return type(value) is int and 946_684_800 <= value <= 4_102_444_800
