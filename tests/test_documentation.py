@@ -12,7 +12,15 @@ from prometheus_client import REGISTRY
 
 import app
 
-README = (app.PROJECT / "README.md").read_text("utf-8")
+
+def page(name: str) -> str:
+    """The text of a page, wherever it is: RUNBOOK.md or docs/runbook.md."""
+    pages = [*app.PROJECT.glob("*.md"), *app.PROJECT.glob("docs/*.md")]
+    (found,) = (file for file in pages if file.stem.lower() == name)
+    return found.read_text("utf-8")
+
+
+README = page("readme")
 BENCH_RESULTS = (app.PROJECT / "bench/RESULTS.md").read_text("utf-8")
 OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_text("utf-8"))
 
