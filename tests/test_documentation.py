@@ -127,15 +127,6 @@ def test_openapi_explains_every_error_as_the_readme_does() -> None:
     assert sorted(explained) == sorted(tuple(row[1:4]) for row in table("Errors"))
 
 
-def test_openapi_shows_the_429_of_the_web_acl() -> None:
-    template = (app.PROJECT / "infra/email-processor.yaml").read_text("utf-8")
-    body = re.search(r'TooManyRequests:\n.*\n +Content: >-\n +(\{"status".*\})\n', template)
-    assert body
-    response = OPENAPI["components"]["responses"]["TooManyRequests"]
-    assert response["content"]["application/json"]["example"] == json.loads(body[1])
-    assert re.search(r"ResponseCode: 429\n(?:.*\n){1,3} +- Name: Retry-After\n", template)
-
-
 def test_readme_lists_every_metric_with_its_type_labels_and_label_values() -> None:
     served = {}
     for metric in REGISTRY.collect():
