@@ -73,7 +73,8 @@ case ${1:-} in
     COVERAGE_FILE=$(mktemp -d)/coverage # its own: another run may be under way
     export COVERAGE_FILE
     trap 'rm -rf "${COVERAGE_FILE%/*}"' EXIT
-    pytest=("$bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile)
+    # Not loadfile: of Schemathesis's tests, which share a name, it would run one alone.
+    pytest=("$bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal)
     "${pytest[@]}" -m "not slow" --cov=app --cov-branch --cov-fail-under=98
     [ -z "${2:-}" ] || "${pytest[@]}" -m slow
     ;;
