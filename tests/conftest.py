@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +29,28 @@ sys.path.insert(0, str(PROJECT))
 
 import app  # noqa: E402 - the path comes first
 
+# What the caller's shell has set for other things must not reach a test, nor what it starts.
+SETTINGS = {field.name.upper() for field in dataclasses.fields(app.Settings)}
+FOREIGN = (
+    "AWS_",
+    "API_",
+    "FORWARDED_",
+    "GUNICORN_",
+    "PIP_",
+    "PROMETHEUS_",
+    "PYTHON",
+    "UV_",
+    "WEB_",
+)
+for name in list(os.environ):
+    if name in SETTINGS or name.startswith(FOREIGN) or name.lower().endswith("_proxy"):
+        del os.environ[name]
+
+# A background shell and nohup ignore these, and children would too: a handler is not inherited.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, lambda *_: None)
+
 TOKEN = "$DJISA<$#45ex3RtYr"
 PARAMETER = "/email-service/api-token"
 DATA = {
@@ -36,7 +60,7 @@ DATA = {
     "email_content": "Just want to say... Happy new year!!!",
 }
 BODY = json.dumps({"data": DATA, "token": TOKEN}).encode()
-WAIT = 15.0  # seconds; longer than anything here may take
+WAIT = 60.0  # seconds; nothing here takes a tenth of it, so it is only for what hangs
 
 
 def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
@@ -122,6 +146,10 @@ class Client:
         self.sock.settimeout(WAIT)
         return self.answer()
 
+    def is_continued(self) -> bool:
+        """Whether the server says 100 to `Expect: 100-continue`: it has read the head, no more."""
+        return self._file.readline().split()[1] == b"100" and self._file.readline() == b"\r\n"
+
     def is_closed(self, seconds: float = WAIT) -> bool:
         """Whether the server ends the connection within the time, with nothing more to read."""
         self.sock.settimeout(seconds)
@@ -154,26 +182,39 @@ def chunk(data: bytes) -> bytes:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that no other process gets until the tests end.
+
+    A socket is bound to it that does not listen: with SO_REUSEADDR on both, Gunicorn still can.
+    """
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 0))
+    port = int(sock.getsockname()[1])
+    sock.detach()  # it stays open
+    return port
 
 
 def environment(**variables: str) -> dict[str, str]:
     """Nothing of the caller's own configuration but what starts a process."""
     keep = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG")
     kept = {name: os.environ[name] for name in keep if name in os.environ}
-    return {
-        **kept,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "NO_PROXY": "127.0.0.1",
-        **variables,
-    }
+    return {**kept, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", **variables}
 
 
 def gunicorn(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "gunicorn", *arguments]
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def metrics_folder(pid: int) -> Path:
+    """Where a process keeps the files of its metrics: it has them in its memory."""
+    (folder,) = set(
+        re.findall(r" (/\S+)/[^/\s]+\.db$", Path(f"/proc/{pid}/maps").read_text(), re.M)
+    )
+    return Path(folder)
 
 
 @dataclass
@@ -182,7 +223,6 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
-    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -190,7 +230,7 @@ class Service:
         self.temporary.mkdir()
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                [*self.wrapper, *gunicorn()],
+                gunicorn(),
                 cwd=PROJECT,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
@@ -206,7 +246,7 @@ class Service:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def stop(self, seconds: float = 40) -> float:
+    def stop(self, seconds: float = WAIT) -> float:
         """Ask it to stop, and return how many seconds that took."""
         begin = time.monotonic()
         if self.process.poll() is None:
@@ -260,8 +300,7 @@ class Service:
         return self._output("stdout").read_text() + self.errors()
 
     def workers(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [int(pid) for pid in children.read_text().split()]
+        return children(self.process.pid)
 
 
 # --- Fixtures -------------------------------------------------------------------------------------
@@ -329,30 +368,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the bad days in their long form")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        long = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
-FIGURES = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
-def figures(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Note what a test has measured, for the end of the run."""
-    noted = request.config.stash.setdefault(FIGURES, [])
+def figures(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Note what a test has measured, for the end of the run: no verdict hangs on it."""
 
     def note(title: str, *parts: object) -> None:
-        noted.append(f"{title}: {'; '.join(map(str, parts))} [{request.node.name}]")
+        record_property("figures", f"{title}: {'; '.join(map(str, parts))}")
 
     return note
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if noted := config.stash.get(FIGURES, []):
-        terminalreporter.section("bad days")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    noted = [
+        f"{value} [{report.nodeid.rpartition('::')[2]}]"
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", "") == "teardown"  # it has what all phases have noted
+        for name, value in report.user_properties
+        if name == "figures"
+    ]
+    if noted:
+        terminalreporter.section("figures")
         for line in noted:
             terminalreporter.write_line(line)
 
@@ -362,7 +410,7 @@ StartService = Callable[..., Service]
 
 def kill(pid: int) -> None:
     """By process id: a worker that the test's own service has started."""
-    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(pid)], check=True)
+    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

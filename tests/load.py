@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from conftest import BODY, WAIT
+from conftest import BODY, WAIT, eventually
 from fake_aws import FakeAws
 
 _numbers = itertools.count()
@@ -99,7 +99,7 @@ class Load:
             )
             begin, received = time.monotonic(), b""
             try:
-                async with asyncio.timeout(2 * WAIT):
+                async with asyncio.timeout(WAIT):
                     writer.write(head.encode() + self.body)
                     received = await reader.readuntil(b"\r\n\r\n")
                     status = int(received[9:12])
@@ -128,9 +128,10 @@ class Load:
         if status == 503:
             self.retry_after[headers.get("retry-after", "none")] += 1
 
-    def rate(self, begin: float, end: float, status: int = 200) -> float:
-        """Answers of the status a second between two moments of the monotonic clock."""
-        return sum(begin <= at < end and s == status for at, _, s in self.answers) / (end - begin)
+    def wait_for(self, number: int, status: int = 200) -> None:
+        """Until the clients have got as many answers of the status more."""
+        wanted = self.statuses[status] + number
+        eventually(lambda: self.statuses[status] >= wanted)
 
 
 @dataclass

@@ -1,21 +1,19 @@
 """Bad days: real workers, an AWS that misbehaves on command, clients that count every answer.
 
 Each test has a short form of seconds; `--full` runs the long one. The figures are printed at the
-end of the run; RELIABILITY.md has those of a full one.
+end of the run; RELIABILITY.md has those of a full one. No verdict depends on how fast a machine is:
+each step waits for the one before.
 """
 
 from __future__ import annotations
 
 import http.server
-import math
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -30,9 +28,7 @@ from conftest import (
     WAIT,
     Service,
     StartService,
-    environment,
     eventually,
-    gunicorn,
     kill,
     post,
     post_head,
@@ -43,10 +39,24 @@ from load import Ledger, Load
 
 import app
 
-TOKENS_READ = 'email_processor_token_reads_total{result="success"}'
+pytestmark = pytest.mark.slow
+
 TOKEN_READ = "email_processor_token_read_timestamp_seconds"
-THROUGHPUT = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
+ONE = {"GUNICORN_WORKERS": "1"}
 Figures = Callable[..., None]
+
+
+def profiles(*short: str) -> pytest.MarkDecorator:
+    """The service's two profiles; in the short form those alone that are named."""
+    every = {
+        "4x2": {"GUNICORN_WORKERS": "4", "GUNICORN_THREADS": "2"},
+        "1x64": {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"},
+    }
+    values = [
+        pytest.param(profile, id=name, marks=[] if name in short else [pytest.mark.full])
+        for name, profile in every.items()
+    ]
+    return pytest.mark.parametrize("profile", values)
 
 
 @pytest.fixture(scope="module")
@@ -64,60 +74,24 @@ def service(service_of_all: Service, fake: FakeAws) -> Service:
     return service_of_all
 
 
-@pytest.fixture(params=["4x2", "1x64"])
-def profile(request: pytest.FixtureRequest) -> dict[str, str]:
-    workers, threads = request.param.split("x")
-    return {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
-
-
 def with_token(token: str) -> bytes:
     return BODY.replace(app.json.dumps(TOKEN).encode(), app.json.dumps(token).encode())
 
 
-def least(share: float, number: int, full: bool) -> float:
-    """What a share must reach: in the short form three standard deviations less, as by chance."""
-    return share - (0 if full else 3 * math.sqrt(share * (1 - share) / number))
+def sends(fake: FakeAws) -> int:
+    return fake.calls("SendMessage") + fake.calls("SendMessageBatch")
 
 
-class HealthProbes:
-    """`with` it, /health is asked ten times a second, each on a new connection as a kubelet's."""
-
-    def __init__(self, service: Service) -> None:
-        self.service, self.seconds = service, list[tuple[float, float]]()
-        self._stop = threading.Event()
-        self._threads = list[threading.Thread]()
-
-    def __enter__(self) -> HealthProbes:
-        self._pacer = threading.Thread(target=self._pace)
-        self._pacer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._pacer.join()
-        for thread in self._threads:
-            thread.join()
-
-    def _pace(self) -> None:
-        while not self._stop.wait(0.1):
-            thread = threading.Thread(target=self._probe)
-            thread.start()
-            self._threads.append(thread)
-
-    def _probe(self) -> None:
-        begin = time.monotonic()
-        assert self.service.get("/health").status == 200
-        self.seconds.append((begin, time.monotonic() - begin))
-
-    def slowest(self, begin: float, end: float) -> float:
-        """Of the probes begun between two moments of the monotonic clock."""
-        return max(seconds for at, seconds in self.seconds if begin <= at < end)
+def hung(fake: FakeAws) -> int:
+    answers = fake.counts()["answers"]
+    return sum(count for name, count in answers.items() if name.endswith(" hang"))
 
 
 # --- SQS ------------------------------------------------------------------------------------------
 
 
-def test_healthy_day_acknowledges_and_queues_every_message(
+@profiles("1x64")
+def test_healthy_day_queues_every_message(
     start_service: StartService,
     fake: FakeAws,
     figures: Figures,
@@ -136,122 +110,112 @@ def test_healthy_day_acknowledges_and_queues_every_message(
     assert load.sent >= number
     assert ledger.acknowledged == ledger.in_queue == load.sent
     assert not ledger.lost
-    assert not load.failures
+
+
+LONG = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    ("code", "status"), [("InternalFailure", 500), ("ThrottlingException", 400)]
+    ("share", "served", "status", "code"),
+    [
+        (0.1, 0.998, 500, "InternalFailure"),
+        (0.3, 0.97, 400, "ThrottlingException"),
+        pytest.param(0.3, 0.97, 500, "InternalFailure", marks=LONG),
+        pytest.param(0.1, 0.998, 400, "ThrottlingException", marks=LONG),
+    ],
 )
-@pytest.mark.parametrize(("share", "served"), [(0.1, 0.998), (0.3, 0.97)])
-def test_sqs_that_fails_a_share_of_calls_costs_few_requests_and_no_message(
+def test_sqs_that_fails_a_share_of_calls_loses_no_message(
     service: Service,
     fake: FakeAws,
     figures: Figures,
     full: bool,
-    code: str,
-    status: int,
     share: float,
     served: float,
+    status: int,
+    code: str,
 ) -> None:
-    number = 20_000 if full else 400
     fault = {"kind": "error", "status": status, "code": code, "share": share}
     fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
-    with Load(service.port, requests=number) as load:
+    with Load(service.port, requests=20_000 if full else 400) as load:
         load.wait()
     ledger = Ledger.of(fake, load)
     figures(f"{share:.0%} of SQS calls answer {status} {code}", ledger)
     assert set(ledger.statuses) <= {200, 503}
-    assert ledger.statuses[200] / load.sent >= least(served, load.sent, full)
+    assert ledger.statuses[200] / load.sent >= served - (0 if full else 0.05)  # by chance
     assert not ledger.lost
     assert not ledger.twice
     assert not load.failures
 
 
-def test_batch_entries_that_fail_fail_alone_and_no_other_is_sent_twice(
+def test_batch_entries_that_fail_fail_alone(
     start_service: StartService, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
-    number = 10_000 if full else 1000
-    with start_service(**fake.environment(), **THROUGHPUT) as service:
+    profile = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
+    with start_service(**fake.environment(), **profile) as service:
         assert service.ask(post()).status == 200
         fake.forget()
         fault = {"kind": "fail_entries", "share": 0.1, "sender_fault": False}
         fake.set(faults={"SendMessageBatch": {**fault, "code": "InternalError"}})
-        with Load(service.port, requests=number) as load:
+        with Load(service.port, requests=10_000 if full else 1000) as load:
             load.wait()
     ledger = Ledger.of(fake, load)
     figures("10% of batch entries fail", ledger)
-    assert fake.calls("SendMessageBatch") > load.sent / 10, "entries were sent again, in batches"
-    assert ledger.statuses[200] / load.sent >= least(0.998, load.sent, full)
+    assert max(message["batch_size"] for message in fake.messages()) > 1
+    assert ledger.statuses[200] / load.sent >= 0.998 - (0 if full else 0.05)
     assert set(ledger.statuses) <= {200, 503}
     assert not ledger.lost
     assert ledger.twice == 0
     assert not load.failures
 
 
-def test_sqs_that_hangs_is_refused_at_once_and_health_goes_on(
+@profiles("4x2", "1x64")
+def test_sqs_that_hangs_is_refused_at_once(
     start_service: StartService,
     fake: FakeAws,
     figures: Figures,
     full: bool,
     profile: dict[str, str],
 ) -> None:
-    with (
-        start_service(**fake.environment(), **profile) as service,
-        HealthProbes(service) as health,
-        Load(service.port) as load,
-    ):
-        time.sleep(1.5)
-        down = time.monotonic()
-        before = load.rate(down - 1, down)
+    """Then it is back, but slower than before, then as it was."""
+    with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
+        load.wait_for(64)
         # Connections that are lost stay silent, also when SQS is back.
         fake.set(faults={"SQS": {"kind": "hang", "for_good": True}})
-        time.sleep(30 if full else 6.5)
-        up = time.monotonic()
+        eventually(lambda: hung(fake))
+        down = time.monotonic()
+        assert service.get("/health").status == 200
+        onset = time.monotonic() - down
+        load.wait_for(64, 503)  # the first calls have timed out
+        if full:
+            time.sleep(20)
+        calls, refused, known = sends(fake), load.statuses[503], time.monotonic()
+        load.wait_for(1500, 503)
+        assert service.get("/health").status == 200
+        later = time.monotonic()
+        calls, refused = sends(fake) - calls, load.statuses[503] - refused
+        fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
+        slow = time.monotonic()
+        load.wait_for(64)
+        served = time.monotonic() - slow
         fake.set(faults={})
-        time.sleep(2)
-        back = time.monotonic()
-        time.sleep(1)
-        after = load.rate(back, time.monotonic())
+        eventually(lambda: {status for _, _, status in load.answers[-128:]} == {200})
     ledger = Ledger.of(fake, load)
-    deadline = 4  # a call: 3 s for the answer, 1 s to connect
-    refused = max(s for at, s, _ in load.answers if down + deadline < at - s and at < up)
-    onset, later = health.slowest(down - 1, down + deadline), health.slowest(down + deadline, up)
+    waited = max(s for at, s, status in load.answers if known < at - s and at < later)
     figures(
         "SQS hangs",
         ledger,
-        f"503 within {refused:.2f} s; /health {onset:.1f} s at the onset, then {later:.2f} s; "
-        f"{before:.0f} messages/s before, {after:.0f} from 2 s after",
+        f"/health after {onset:.1f} s at the onset; then 503 within {waited:.2f} s, {refused} of "
+        f"them with {calls} calls; with 0.3 s a call 64 served after {served:.1f} s",
     )
-    assert refused < 1
-    assert onset <= 6
-    assert later <= 1
-    assert not [status for at, s, status in load.answers if status != 200 and at - s >= back]
-    assert after >= 0.5 * before  # what a second of a shared machine can tell
+    assert refused > 12 * calls, "a call of up to ten messages would be made for all of them"
     assert set(ledger.statuses) == {200, 503}
-    assert set(load.retry_after) == {str(app.RETRY_AFTER_SECONDS)}
+    assert all(int(seconds) > 0 for seconds in load.retry_after)
     assert not ledger.lost
     assert not load.failures
 
 
-def test_sqs_that_comes_back_slower_than_before_is_served_again(
-    start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
-) -> None:
-    with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
-        eventually(lambda: load.statuses[200] > 64)
-        fake.set(faults={"SQS": {"kind": "hang"}})
-        eventually(lambda: load.statuses[503] > 64)
-        fake.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
-        back, before = time.monotonic(), load.statuses[200]
-        eventually(lambda: load.statuses[200] > before + 64)
-        seconds = time.monotonic() - back
-        fake.set(faults={})
-    ledger = Ledger.of(fake, load)
-    figures("SQS hangs, then takes 0.3 s", ledger, f"64 served again after {seconds:.1f} s")
-    assert not ledger.lost
-    assert not load.failures
-
-
-def test_single_calls_of_sqs_that_hang_refuse_nobody_else(
+@profiles("1x64")
+def test_single_calls_that_hang_refuse_nobody_else(
     start_service: StartService,
     fake: FakeAws,
     figures: Figures,
@@ -264,17 +228,13 @@ def test_single_calls_of_sqs_that_hang_refuse_nobody_else(
         fault = {"kind": "hang", "share": 0.01}
         fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
         with Load(service.port) as load:
-            time.sleep(30 if full else 6)
-    ledger, answers = Ledger.of(fake, load), fake.counts()["answers"]
-    hung = sum(count for name, count in answers.items() if name.endswith(" hang"))
+            eventually(lambda: hung(fake) >= (30 if full else 3))
+    ledger, calls = Ledger.of(fake, load), hung(fake)
     slow = sum(seconds > 2 for _, seconds, _ in load.answers)
-    figures("1% of SQS calls hang", ledger, f"{hung} calls hung, {slow} answers took over 2 s")
-    assert hung > 0
+    figures("1% of SQS calls hang", ledger, f"{calls} calls hung, {slow} answers took over 2 s")
     assert set(ledger.statuses) <= {200, 503}
-    if profile == THROUGHPUT:  # both threads of a worker may hang at once: then SQS counts as down
-        assert slow <= hung * app.Publisher.MAX_ENTRIES
-        # Twice in a row, with three seconds each, is more than a message has.
-        assert ledger.statuses[200] / load.sent >= 0.998
+    if profile["GUNICORN_THREADS"] == "64":  # two threads may hang at once: then SQS is down
+        assert ledger.statuses.get(503, 0) <= 10 * calls, "no more than have hung with them"
     assert not ledger.lost
     assert not load.failures
 
@@ -300,30 +260,61 @@ def test_sqs_that_misbehaves_for_a_while_loses_nothing(
     for name, fault in SQS_FAULTS.items():
         fake.forget()
         with Load(service.port, clients=16) as load:
-            time.sleep(0.2)
+            load.wait_for(16)
             fake.set(faults={"SQS": fault})
-            time.sleep(10 if full else 0.8)
+            load.wait_for(16, 200 if fault["kind"] == "delay" else 503)
+            if full:
+                time.sleep(10)
             fake.set(faults={})
             back = time.monotonic()
-            eventually(lambda load=load: load.rate(time.monotonic() - 0.3, time.monotonic()) > 20)
+            load.wait_for(32)
             seconds = time.monotonic() - back
         ledger = Ledger.of(fake, load)
-        figures(f"SQS {name}", ledger, f"{seconds:.1f} s until it serves again")
+        figures(f"SQS {name}", ledger, f"{seconds:.1f} s until 32 are served again")
         assert set(ledger.statuses) <= {200, 503}
         assert not ledger.lost
         assert not load.failures
-        assert seconds < 2
         # Only what may have been sent before, for all that is known, is sent again.
         assert ledger.twice == 0 or name in ("loses its answer", "answers garbage")
+
+
+@profiles("1x64")
+def test_queue_that_hangs_at_the_start_is_refused_to_all(
+    start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
+) -> None:
+    fake.set(faults={"SQS": {"kind": "hang"}})
+    with start_service(**fake.environment(), **profile) as service:
+        with Load(service.port, requests=64) as load:
+            load.wait()
+        calls, slowest = sends(fake), max(seconds for _, seconds, _ in load.answers)
+        fake.set(faults={})
+        eventually(lambda: service.ask(post()).status == 200)
+    figures("SQS hangs at the start", f"503 to all within {slowest:.1f} s, after {calls} calls")
+    assert load.statuses == {503: 64}
+    assert calls <= 32, "most are refused without a call of their own"
+
+
+def test_queue_out_of_reach_at_the_start_is_named_by_ready(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    fake.set(faults={"GetQueueAttributes": SQS_FAULTS["denies access"]})
+    with start_service(**fake.environment(), **ONE) as service:
+        ready = service.get("/ready")
+        assert (ready.status, ready.error) == (503, "queue_unavailable")
+        assert "sqs:GetQueueAttributes failed: AccessDenied" in ready.json["message"]
+        assert service.ask(post()).error == "queue_unavailable"
+        fake.set(faults={})
+        eventually(lambda: service.get("/ready").status == 200)
+        assert service.ask(post()).status == 200
 
 
 # --- SSM ------------------------------------------------------------------------------------------
 
 SSM_FAULTS = {
     "hangs": {"kind": "hang"},
+    "denies access": {"kind": "error", "status": 400, "code": "AccessDeniedException"},
     "resets": {"kind": "reset"},
     "answers 500": {"kind": "error", "status": 500, "code": "InternalServerError"},
-    "denies access": {"kind": "error", "status": 400, "code": "AccessDeniedException"},
     "answers garbage": {"kind": "garbage"},
 }
 
@@ -331,50 +322,28 @@ SSM_FAULTS = {
 def test_ssm_down_after_the_start_refuses_nobody(
     start_service: StartService, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
-    """Each fault lasts longer than the cache, so that every worker's is out of date."""
-    with start_service(**fake.environment(), TOKEN_CACHE_SECONDS="1") as service:
-        eventually(lambda: fake.calls("GetParameters") == 4)
-        for name, fault in SSM_FAULTS.items():
+    """Each fault lasts until the cache is out of date, and SSM was asked again."""
+    with start_service(**fake.environment(), **ONE, TOKEN_CACHE_SECONDS="1") as service:
+        eventually(lambda: fake.calls("GetParameters") == 1)
+        for name, fault in list(SSM_FAULTS.items())[: None if full else 2]:
             fake.set(faults={"SSM": fault})
             fake.forget()
             with Load(service.port, clients=16) as load:
-                time.sleep(20 if full else 1.3)
-            ledger = Ledger.of(fake, load)
-            reads = fake.calls("GetParameters")
+                eventually(lambda: fake.calls("GetParameters") > 0)
+                load.wait_for(64)
+                if full:
+                    time.sleep(20)
+            ledger, reads = Ledger.of(fake, load), fake.calls("GetParameters")
             figures(f"SSM {name} after the start", ledger, f"{reads} reads tried")
             assert set(ledger.statuses) == {200}
             assert not load.failures
 
 
-class DownAfterOneRead:
-    """An SSM that answers once."""
-
-    def __init__(self) -> None:
-        self.reads = 0
-
-    def get_parameters(self, **_: object) -> dict[str, object]:
-        self.reads += 1
-        if self.reads > 1:
-            raise ConnectionError
-        return {"Parameters": [{"Value": TOKEN}]}
-
-
-def test_ssm_down_for_an_hour_refuses_nobody(figures: Figures) -> None:
-    tenths, ssm, accepted = 0, DownAfterOneRead(), 0
-    store = app.TokenStore(ssm, (PARAMETER,), 60, lambda: tenths / 10)
-    for tenths in range(36_000):  # noqa: B007 - the clock
-        accepted += store.accepts(TOKEN)
-    figures("SSM down for an hour", f"{accepted:,} of 36,000 accepted, {ssm.reads} reads")
-    assert accepted == 36_000
-    assert ssm.reads <= 1 + 3600 / app.TokenStore.READ_INTERVAL
-
-
-def test_ssm_down_at_the_start_is_not_ready_and_recovers_by_itself(
+def test_ssm_down_at_the_start_is_not_ready_until_it_is_back(
     start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
     fake.set(faults={"SSM": SSM_FAULTS["denies access"]})
-    settings = {"TOKEN_CACHE_SECONDS": "1", "GUNICORN_WORKERS": "1"}
-    with start_service(**fake.environment(), **settings) as service:
+    with start_service(**fake.environment(), **ONE, TOKEN_CACHE_SECONDS="1") as service:
         ready = service.get("/ready")
         assert ready.status == 503
         assert "ssm:GetParameters failed: AccessDeniedException" in ready.json["message"]
@@ -382,15 +351,14 @@ def test_ssm_down_at_the_start_is_not_ready_and_recovers_by_itself(
         assert service.get("/health").status == 200
         assert service.metrics()[TOKEN_READ] == 0
         fake.set(faults={})
-        begin = time.monotonic()
+        begin, now = time.monotonic(), time.time()
         eventually(lambda: service.ask(post()).status == 200)
         seconds = time.monotonic() - begin
-        assert service.metrics()[TOKEN_READ] > time.time() - WAIT
+        assert service.metrics()[TOKEN_READ] >= now
         assert service.get("/ready").status == 200
         fake.set(faults={"*": {"kind": "hang"}})
         assert service.get("/ready").status == 200, "never turns back"
     figures("SSM down at the start", f"served {seconds:.1f} s after it came back")
-    assert seconds < 3
 
 
 class Sts(http.server.ThreadingHTTPServer):
@@ -420,7 +388,7 @@ class Sts(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
 
 
-def test_credentials_that_do_not_come_hold_no_request_for_long(
+def test_credentials_that_do_not_come_hold_no_request(
     start_service: StartService, fake: FakeAws, figures: Figures, tmp_path: Path
 ) -> None:
     identity = tmp_path / "token"
@@ -435,10 +403,9 @@ def test_credentials_that_do_not_come_hold_no_request_for_long(
             "AWS_WEB_IDENTITY_TOKEN_FILE": str(identity),
             "AWS_ENDPOINT_URL_STS": f"http://127.0.0.1:{sts.server_port}",
             "TOKEN_CACHE_SECONDS": "1",
-            "GUNICORN_WORKERS": "1",
         }
         try:
-            with start_service(**{**fake.environment(), **irsa}) as service:
+            with start_service(**{**fake.environment(), **irsa, **ONE}) as service:
                 begin = time.monotonic()
                 assert service.ask(post()).error == "token_store_unavailable"
                 seconds = time.monotonic() - begin
@@ -446,93 +413,63 @@ def test_credentials_that_do_not_come_hold_no_request_for_long(
                 sts.answers.set()
                 eventually(lambda: service.ask(post()).status == 200)
         finally:
+            sts.answers.set()
             sts.shutdown()
             thread.join()
     figures("STS hangs", f"503 after {seconds:.1f} s")
-    assert seconds < 10
 
 
-def test_queue_that_hangs_at_the_start_is_refused_to_all_at_once(
-    start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
-) -> None:
-    fake.set(faults={"SQS": {"kind": "hang"}})
-    with start_service(**fake.environment(), **profile) as service:
-        with Load(service.port, requests=64) as load:
-            load.wait()
-        slowest = max(seconds for _, seconds, _ in load.answers)
-        fake.set(faults={})
-        eventually(lambda: service.ask(post()).status == 200)
-    figures("SQS hangs at the start", f"503 to all within {slowest:.1f} s")
-    assert set(load.statuses) == {503}
-    assert slowest < 12  # two calls one after the other take 8 s; and this machine may be busy
-
-
-def test_queue_out_of_reach_at_the_start_is_not_ready_and_names_the_call(
-    start_service: StartService, fake: FakeAws
-) -> None:
-    fake.set(faults={"GetQueueAttributes": SQS_FAULTS["denies access"]})
-    with start_service(**fake.environment(), GUNICORN_WORKERS="1") as service:
-        ready = service.get("/ready")
-        assert (ready.status, ready.error) == (503, "queue_unavailable")
-        assert "sqs:GetQueueAttributes failed: AccessDenied" in ready.json["message"]
-        assert service.ask(post()).error == "queue_unavailable"
-        fake.set(faults={})
-        eventually(lambda: service.get("/ready").status == 200)
-        assert service.ask(post()).status == 200
-
-
-def test_rotated_token_works_at_once_and_the_old_one_ends_within_the_cache_age(
+def test_rotated_token_works_at_once(
     start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
-    settings = {"TOKEN_CACHE_SECONDS": "2"}
-    with start_service(**fake.environment(), **settings) as service:
-        eventually(lambda: service.metrics()[TOKENS_READ] == 4)
-        time.sleep(2.2)  # a worker asks at most once in 2 s
+    with start_service(**fake.environment(), TOKEN_CACHE_SECONDS="1") as service:
+        eventually(lambda: fake.calls("GetParameters") == 4)
+        time.sleep(1.2)  # a worker asks at most once in a second
         fake.set(parameters={PARAMETER: "the new one"})
         rotated = time.monotonic()
         new = [service.ask(post(with_token("the new one"))).status for _ in range(20)]
-        seconds = []
-        for _ in range(20):  # until each worker has seen it
-            while service.ask(post()).status == 200:
-                time.sleep(0.02)
-            seconds.append(time.monotonic() - rotated)
-    figures("token rotated", f"new: {new.count(200)} of 20; old: refused after {seconds[-1]:.1f} s")
+        for _ in range(20):  # until each worker has seen that the old one is gone
+            eventually(lambda: service.ask(post()).status == 401)
+        seconds = time.monotonic() - rotated
+    figures("token rotated", f"new: {new.count(200)} of 20; old: refused after {seconds:.1f} s")
     assert new == [200] * 20
-    assert seconds[-1] < 2 + 1
 
 
 def test_rotation_with_two_parameters_refuses_nobody(
     start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
-    names = {"TOKEN_SSM_PARAMETER": "/token/a,/token/b", "TOKEN_CACHE_SECONDS": "1"}
+    names = {"TOKEN_SSM_PARAMETER": "/token/a,/token/b", "TOKEN_CACHE_SECONDS": "1", **ONE}
     fake.set(parameters={"/token/a": TOKEN, "/token/b": "unused"})
-    with start_service(**{**fake.environment(), **names}) as service:
-        with Load(service.port, clients=8) as old:
-            time.sleep(1.2)
-            fake.set(parameters={"/token/a": TOKEN, "/token/b": "the new one"})
-            time.sleep(1.5)
-            with Load(service.port, clients=8, body=with_token("the new one")) as new:
-                time.sleep(0.5)
-                old.stop()
-                fake.set(parameters={"/token/a": "gone", "/token/b": "the new one"})
-                time.sleep(1.5)
-        eventually(lambda: service.ask(post()).status == 401)
+    with (
+        start_service(**{**fake.environment(), **names}) as service,
+        Load(service.port, clients=8) as old,
+    ):
+        old.wait_for(8)
+        fake.set(parameters={"/token/a": TOKEN, "/token/b": "the new one"})
+        eventually(lambda: service.ask(post(with_token("the new one"))).status == 200)
+        with Load(service.port, clients=8, body=with_token("the new one")) as new:
+            new.wait_for(64)
+            old.stop()
+            fake.set(parameters={"/token/a": "gone", "/token/b": "the new one"})
+            eventually(lambda: service.ask(post()).status == 401)
+            new.wait_for(64)
     ledger = Ledger.of(fake, old, new)
     figures("token rotated with two parameters", ledger)
     assert set(ledger.statuses) == {200}
     assert not ledger.lost
 
 
-def test_flood_of_wrong_tokens_leaves_ssm_and_the_right_ones_alone(
+def test_flood_of_wrong_tokens_leaves_ssm_alone(
     service: Service, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
-    seconds = 10 if full else 3
+    begin = time.monotonic()
     with (
         Load(service.port, clients=32, body=with_token("wrong")) as flood,
         Load(service.port, clients=4) as right,
     ):
-        time.sleep(seconds)
-    reads = fake.calls("GetParameters")
+        flood.wait_for(20_000 if full else 1000, 401)
+        right.wait_for(64)
+    reads, seconds = fake.calls("GetParameters"), time.monotonic() - begin
     figures(
         "flood of wrong tokens",
         Ledger.of(fake, right),
@@ -541,91 +478,91 @@ def test_flood_of_wrong_tokens_leaves_ssm_and_the_right_ones_alone(
     assert set(flood.statuses) == {401}
     assert set(right.statuses) == {200}
     assert not flood.failures + right.failures
-    assert reads <= 2 * seconds
+    assert reads <= 4 * (1 + seconds / 5), "each of 4 workers reads it every five seconds at most"
 
 
 # --- Clients --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
-def test_slow_bodies_hold_their_threads_no_longer_than_the_deadline(
-    start_service: StartService, fake: FakeAws, figures: Figures, framing: str
+def test_slow_bodies_end_at_the_deadline(
+    start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
     """24 that stall and 24 that trickle, against 8 threads, however the workers share them."""
-    deadline, part = 1.0, b"1\r\nx\r\n" if "chunked" in framing else b"x"
-    settings = {"BODY_TIMEOUT_SECONDS": str(deadline)}
+    framings = {b"x": "Content-Length: 1000", b"1\r\nx\r\n": "Transfer-Encoding: chunked"}
+    settings = {"BODY_TIMEOUT_SECONDS": "1"}
     with start_service(**fake.environment(), **settings) as service, ExitStack() as stack:
-        slow = [stack.enter_context(service.connect()) for _ in range(48)]
+        slow = [(stack.enter_context(service.connect()), part) for part in [*framings] * 24]
         begin, done = time.monotonic(), threading.Event()
-        for client in slow:
-            client.send(post_head(framing))
+        for client, part in slow:
+            client.send(post_head(framings[part]))
 
         def feed() -> None:
             while not done.wait(0.1):
-                for client in slow[:24]:
-                    try:
+                for client, part in slow[:24]:
+                    with suppress(OSError):  # answered and closed already
                         client.sock.sendall(part)
-                    except OSError:
-                        continue  # answered and closed already
 
         feeder = threading.Thread(target=feed)
         feeder.start()
         try:
-            time.sleep(0.1)
             with Load(service.port, clients=40, requests=400) as others:
                 others.wait()
             served = time.monotonic() - begin
-            answers = [client.answer() for client in slow]
+            answers = [client.answer() for client, _ in slow]
             gone = time.monotonic() - begin
         finally:
             done.set()
             feeder.join()
     figures(
-        f"24 stalled and 24 trickling bodies, {framing.split(':')[0]}",
-        f"deadline {deadline:.0f} s: the last of 40 other clients served after {served:.1f} s, "
+        "24 stalled and 24 trickling bodies",
+        f"deadline 1 s: the last of 40 other clients served after {served:.1f} s, "
         f"all slow ones gone after {gone:.1f} s",
     )
     assert {(answer.status, answer.error) for answer in answers} == {(408, "request_timeout")}
     assert others.statuses == {200: others.sent}
-    assert served < 3 * deadline + 2
-    assert gone < 3 * deadline + 2
 
 
-def test_slow_readers_hold_their_threads_no_longer_than_twice_the_deadline(
+def test_slow_reader_is_closed_at_the_deadline(
     start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
-    variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "1"}
+    variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_THREADS": "1", **ONE}
     ask = request_head("GET", "/docs/swagger-ui-bundle.js")
     with start_service(**fake.environment(), **variables) as service, socket.socket() as slow:
+        size = len(service.ask(ask).body)
         # As from afar: on loopback the kernel would take the whole answer at once.
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        slow.settimeout(WAIT)
         slow.connect(("127.0.0.1", service.port))
         slow.sendall(ask)
-        assert slow.recv(2048).startswith(b"HTTP/1.1 200")
+        read = [slow.recv(1024)]
         begin, done = time.monotonic(), threading.Event()
 
-        def trickle() -> None:
-            while not done.wait(0.1) and slow.recv(2048):
-                pass
-
-        with ThreadPoolExecutor(1) as pool:
-            reader = pool.submit(trickle)
-            try:
-                assert service.get("/health").status == 200
-                seconds = time.monotonic() - begin
-            finally:
-                done.set()
+        def trickle() -> None:  # for longer than anybody waits
             with suppress(ConnectionResetError):
-                reader.result()
-        assert service.ask(ask).status == 200
+                while not done.wait(0.1) and (part := slow.recv(1024)):
+                    read.append(part)
+
+        reader = threading.Thread(target=trickle)
+        reader.start()
+        try:
+            assert service.get("/health").status == 200
+            seconds = time.monotonic() - begin
+        finally:
+            done.set()
+            reader.join()
+        with suppress(ConnectionResetError):
+            while part := slow.recv(65536):
+                read.append(part)
     figures("slow reader", f"deadline 2 s: its only thread serves again after {seconds:.1f} s")
-    assert 1.5 < seconds < 4
+    assert read[0].startswith(b"HTTP/1.1 200")
+    assert sum(map(len, read)) < size
 
 
 # --- Processes ------------------------------------------------------------------------------------
 
 
+@profiles("4x2")
 def test_sigterm_under_load_answers_what_was_begun(
     start_service: StartService,
     fake: FakeAws,
@@ -638,7 +575,7 @@ def test_sigterm_under_load_answers_what_was_begun(
         with start_service(**fake.environment(), **profile) as service, service.connect() as idle:
             assert idle.send(request_head("GET", "/health")).answer().status == 200
             with Load(service.port) as load:
-                time.sleep(0.7)
+                load.wait_for(128)
                 seconds.append(service.stop())
                 load.stop()
         loads.append(load)
@@ -646,14 +583,15 @@ def test_sigterm_under_load_answers_what_was_begun(
     figures("SIGTERM under load", ledger, f"exit within {max(seconds):.1f} s")
     assert set(ledger.statuses) == {200}
     assert not ledger.lost
-    assert max(seconds) < 25
+    assert max(seconds) < 25, "Gunicorn had to kill its workers"
     # Only connections that no worker had taken yet end without an answer.
     for failure in (failure for load in loads for failure in load.failures):
         assert failure.first
         assert failure.part == b""
 
 
-def test_sigterm_after_new_connections_are_held_back_fails_nobody(
+@profiles("1x64")
+def test_sigterm_without_new_connections_fails_nobody(
     start_service: StartService,
     fake: FakeAws,
     figures: Figures,
@@ -664,10 +602,10 @@ def test_sigterm_after_new_connections_are_held_back_fails_nobody(
     loads = []
     for _ in range(10 if full else 1):
         with start_service(**fake.environment(), **profile) as service, Load(service.port) as load:
-            time.sleep(0.7)
+            load.wait_for(128)
             load.hold_new_connections = True
             service.stop()
-            load.wait(30)
+            load.wait()
         loads.append(load)
     ledger = Ledger.of(fake, *loads)
     figures("SIGTERM after new connections were held back", ledger)
@@ -675,25 +613,6 @@ def test_sigterm_after_new_connections_are_held_back_fails_nobody(
     assert ledger.unanswered == 0
     assert ledger.acknowledged == ledger.in_queue == ledger.sent
     assert not ledger.lost
-
-
-def test_killed_worker_loses_nothing_acknowledged_and_is_replaced(
-    service: Service, fake: FakeAws, figures: Figures, full: bool
-) -> None:
-    with Load(service.port) as load:
-        for _ in range(10 if full else 2):
-            time.sleep(0.7)
-            victim = random.choice(service.workers())
-            kill(victim)
-            eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
-        since = time.monotonic()
-        time.sleep(0.7)
-        assert load.rate(since, time.monotonic()) > 0
-    ledger = Ledger.of(fake, load)
-    figures("worker killed under load", ledger)
-    assert set(ledger.statuses) == {200}
-    assert not ledger.lost
-    assert ledger.in_queue >= ledger.acknowledged
 
 
 class Scrapes:
@@ -713,6 +632,11 @@ class Scrapes:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    def wait_for(self, number: int) -> None:
+        """Until it was read as often again."""
+        wanted = self.answered + number
+        eventually(lambda: self.answered >= wanted)
 
     def _scrape(self) -> None:
         seen: dict[str, float] = {}
@@ -736,8 +660,8 @@ DURATIONS = "email_processor_request_duration_seconds_count"
 MESSAGES = "email_processor_sqs_batch_size_sum"
 
 
-def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients(
-    service: Service, figures: Figures, full: bool
+def test_killed_workers_lose_nothing_acknowledged_or_counted(
+    service: Service, fake: FakeAws, figures: Figures, full: bool
 ) -> None:
     """What a client was answered was counted, and nothing that no client has asked for.
 
@@ -752,13 +676,15 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
         Load(service.port, clients=4, body=with_token("wrong")) as wrong,
     ):
         for number in range(kills):
-            time.sleep(0.5)
+            right.wait_for(64)
+            scrapes.wait_for(2)
             # The newest twice, so that its counts and its predecessor's must stay; then the oldest.
             victim = service.workers()[0 if number % 3 == 2 else -1]
             kill(victim)
             eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
-        time.sleep(0.5)
-    after = service.metrics()
+        right.wait_for(64)
+        scrapes.wait_for(2)
+    after, ledger = service.metrics(), Ledger.of(fake, right)
     with Load(service.port, requests=400) as calm:
         calm.wait()
     end = service.metrics()
@@ -773,12 +699,13 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
     }
     grown = {name: after[name] - before[name] for name in bounds}
     figures(
-        "counters while workers are killed",
+        f"{kills} workers killed",
+        ledger,
         f"{ok:,} x 200 and {denied:,} x 401 answered, {broken + also_broken} unanswered, "
         f"{grown[DURATIONS]:,.0f} counted; {scrapes.answered} scrapes, {len(scrapes.fallen)} falls",
     )
+    assert not ledger.lost
     assert not scrapes.fallen
-    assert scrapes.answered > 2 * kills
     assert scrapes.unanswered <= kills
     assert set(right.statuses) | set(wrong.statuses) == {200, 401}
     for name, (answered, unanswered) in bounds.items():
@@ -786,84 +713,6 @@ def test_counters_never_fall_while_workers_are_killed_and_agree_with_the_clients
     assert calm.statuses == {200: calm.sent}
     calmly = {SUCCESS: calm.sent + 1, INVALID_TOKEN: 0, DURATIONS: calm.sent, MESSAGES: calm.sent}
     assert {name: end[name] - after[name] for name in bounds} == calmly
-
-
-# --- Disk -----------------------------------------------------------------------------------------
-
-FILL = "dd if=/dev/zero of=$TMPDIR/ballast bs=4k 2>/dev/null"
-
-
-def small_disk(then: str = "") -> tuple[str, ...]:
-    """A command that mounts 5 MiB on TMPDIR, for itself alone, and starts what follows it."""
-    script = f'mount -t tmpfs -o size=5m none $TMPDIR && {{ {then or "true"}; exec "$@"; }}'
-    if sys.platform != "linux" or subprocess.run(["unshare", "-rm", "true"]).returncode:
-        pytest.skip("needs Linux, and the right to mount in a namespace")
-    return ("unshare", "-rm", "sh", "-c", script, "sh")
-
-
-def fill(file: Path) -> int:
-    """Write to a file on the small disk until that is full; how many pages it took."""
-    with file.open("wb", buffering=0) as out:
-        for pages in range(5 * 256):
-            try:
-                out.write(bytes(4096))
-            except OSError:
-                return pages
-    pytest.fail("this is not the small disk")
-
-
-def test_disk_that_fills_up_is_not_noticed_and_stops_no_worker_from_being_replaced(
-    start_service: StartService, fake: FakeAws, figures: Figures
-) -> None:
-    service = start_service(**fake.environment())
-    # Not where it is by default, under /dev/shm, but on the disk that fills up.
-    service.variables["PROMETHEUS_MULTIPROC_DIR"] = str(service.temporary / "metrics")
-    service.wrapper = small_disk()
-    with service:
-        disk = Path(f"/proc/{service.process.pid}/root{service.temporary}")
-        assert fill(disk / "ballast") > 0
-        before = service.metrics()
-        with Load(service.port, clients=16) as load:
-            old = service.workers()
-            service.process.send_signal(signal.SIGHUP)
-            eventually(lambda: len(service.workers()) == 4 and not {*old} & {*service.workers()})
-            for victim in service.workers():
-                time.sleep(0.2)
-                kill(victim)
-                eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
-            time.sleep(0.3)
-        after = service.metrics()
-        assert fill(disk / "more") == 0
-        replaced = service.workers()
-    ledger = Ledger.of(fake, load)
-    figures("disk full", ledger)
-    assert len(replaced) == 4
-    assert "SIGBUS" not in service.output()
-    assert set(ledger.statuses) == {200}
-    assert not ledger.lost
-    grown = after[DURATIONS] - before[DURATIONS]
-    assert ledger.acknowledged <= grown <= ledger.acknowledged + ledger.unanswered
-
-
-def test_start_on_a_full_disk_needs_only_the_folder_of_the_metrics(
-    start_service: StartService, fake: FakeAws
-) -> None:
-    service = start_service(**fake.environment())
-    service.wrapper = small_disk(FILL)
-    with service:
-        assert service.ask(post()).status == 200
-    there = {"TMPDIR": str(service.temporary), "PROMETHEUS_MULTIPROC_DIR": str(service.temporary)}
-    run = subprocess.run(
-        [*service.wrapper, *gunicorn()],
-        cwd=app.PROJECT,
-        env=environment(**fake.environment(), **there),
-        capture_output=True,
-        timeout=20,
-    )
-    assert run.returncode == 1
-    (line,) = run.stderr.decode().splitlines()
-    assert "PROMETHEUS_MULTIPROC_DIR" in line
-    assert "No space left" in line
 
 
 # --- Arbitrary input ------------------------------------------------------------------------------
@@ -909,44 +758,25 @@ def spoiled(text: bytes, chance: random.Random) -> bytes:
     return text[:start] + chance.choice(JUNK) + text[start + chance.randrange(4) :]
 
 
-def test_fuzzed_requests_get_no_500_and_end_no_worker(
-    service: Service, figures: Figures, full: bool
-) -> None:
-    number, seconds, seed = (100_000, 900, 7) if full else (2000, 10, 7)
-    end, statuses, lock = time.monotonic() + seconds, dict[str, int](), threading.Lock()
-    before = service.workers()
+def test_fuzzed_requests_end_no_worker(service: Service, figures: Figures, full: bool) -> None:
+    number, before = 100_000 if full else 2000, service.workers()
 
-    def send(chance: random.Random, share: int) -> None:
-        for _ in range(share):
-            if time.monotonic() > end:
-                return
+    def send(seed: int) -> Counter[str]:
+        chance, statuses = random.Random(seed), Counter[str]()
+        for _ in range(number // 8):
             with service.connect() as client:
                 client.send(fuzzed(chance))
                 client.sock.shutdown(socket.SHUT_WR)  # nothing more will come
                 received = b""
-                while part := client.sock.recv(65536):  # within 15 s, or the test fails
+                while part := client.sock.recv(65536):
                     received += part
-            with lock:
-                status = received[9:12].decode()
-                statuses[status] = statuses.get(status, 0) + 1
+            statuses[received[9:12].decode()] += 1
+        return statuses
 
-    failed: list[BaseException] = []
-
-    def run(index: int) -> None:
-        try:
-            send(random.Random(seed * 100 + index), number // 8)
-        except BaseException as error:  # shown by the test
-            failed.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sum(pool.map(send, range(700, 708)), Counter[str]())
     counted = ", ".join(f"{n:,} x {status or 'closed'}" for status, n in sorted(statuses.items()))
-    figures("fuzzed requests", f"{sum(statuses.values()):,} sent; {counted}")
-    assert not failed
+    figures("fuzzed requests", f"{statuses.total():,} sent; {counted}")
     assert not {status for status in statuses if status.startswith("5")}
     assert {"200", "400", "401", "404"} <= set(statuses)
-    assert not full or sum(statuses.values()) == number
     assert service.workers() == before
