@@ -339,39 +339,32 @@ class LogHandler(QueueHandler):
     def __init__(self, lines: int = 1000) -> None:
         super().__init__(queue.SimpleQueue())
         self._lines = lines  # that may wait for the thread
-        out = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
+        self._queued = self._written = self._dropped = self._told = 0
+        self._thread: threading.Thread | None = None
+        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
         self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
-        self._dropped = self._told = 0
-        self._listener: QueueListener | None = None
 
     def start(self) -> None:
-        self._listener = QueueListener(self.queue)
-        self._listener.handle = self._handle  # type: ignore[method-assign]
-        self._listener.start()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        return self.format(record)
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
 
     def enqueue(self, line: Any) -> None:
-        if self._listener is None and self._has_room():
+        if self._thread is None and self._has_room():
             self._write(line)
-        elif self._listener and self.queue.qsize() < self._lines:  # type: ignore[attr-defined]
+        elif self._thread and self._queued - self._written < self._lines:
+            self._queued += 1
             self.queue.put_nowait(line)
         else:
             self._drop()
 
     def flush(self) -> None:
         """At the exit: let the thread write what waits, for a second at most."""
-        if self._listener:
-            written = threading.Event()
-            self.queue.put_nowait(written)
-            written.wait(1)
-
-    def _handle(self, line: str | threading.Event) -> None:
-        if isinstance(line, threading.Event):
-            line.set()
-        else:
-            self._write(line)
+        end = time.monotonic() + 1
+        while self._thread and self._written < self._queued and time.monotonic() < end:
+            time.sleep(0.01)
 
     def _has_room(self) -> bool:
         try:
@@ -379,18 +372,27 @@ class LogHandler(QueueHandler):
         except (OSError, TypeError, ValueError):  # it is no file of the system's
             return True
 
-    def _write(self, line: str) -> None:
+    def _work(self) -> None:
+        while True:
+            lines = [self.queue.get()]
+            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
+            while self.queue.qsize():  # type: ignore[attr-defined]
+                lines.append(self.queue.get())
+            for line in lines:
+                self._write(line)
+                self._written += 1
+
+    def _write(self, line: bytes) -> None:
         try:
             self._put(line)
             if dropped := self._dropped - self._told:
                 told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
-                self._put(self.format(logging.makeLogRecord({"name": log.name, **told})))
+                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
                 self._told += dropped
-        except (AttributeError, OSError, TypeError):  # it is closed, or shall not block and is full
+        except (AttributeError, OSError, TypeError):  # closed, or full though it never blocks
             self._drop()
 
-    def _put(self, line: str) -> None:
-        data = f"{line}\n".encode()
+    def _put(self, data: bytes) -> None:
         while data:
             data = data[operator.index(self._out.write(data)) :]
 

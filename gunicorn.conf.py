@@ -29,12 +29,11 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.sock import close_sockets, create_sockets
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
-from prometheus_client.multiprocess import mark_process_dead
 
 # The root file system is read-only, and a write to a disk can block.
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 
-# app's metrics make files in this folder when they are made. On SIGHUP this file is read again.
+# prometheus_client looks at the variable when it is imported. On SIGHUP this file is read again.
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     made, master = tempfile.mkdtemp(prefix="email-processor-", dir=memory), os.getpid()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = made
@@ -45,6 +44,8 @@ try:
     metrics.mkdir(parents=True, exist_ok=True)
 except OSError as error:
     sys.exit(f"PROMETHEUS_MULTIPROC_DIR must be a folder: {error}")
+
+from prometheus_client.multiprocess import mark_process_dead
 
 import app
 
