@@ -14,9 +14,12 @@ import hmac
 import json
 import logging
 import math
+import operator
 import os
+import queue
 import random
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -31,6 +34,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.resources import files
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,8 +62,6 @@ from botocore.exceptions import (
 from botocore.parsers import create_parser
 from botocore.utils import get_environ_proxies
 from flask import Flask, Request, Response, g, has_app_context, request
-from gunicorn.http.errors import ParseException
-from prometheus_client import values
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
@@ -174,14 +176,7 @@ def logging_config(level: str) -> dict[str, Any]:
                 "timestamp": "time",
             }
         },
-        "handlers": {
-            "stdout": {
-                "class": "logging.StreamHandler",
-                "filters": [add_request],
-                "formatter": "json",
-                "stream": "ext://sys.stdout",
-            }
-        },
+        "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
         # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
         # bodies, and Gunicorn what it could not parse.
         "root": {"level": "INFO", "handlers": ["stdout"]},
@@ -243,12 +238,6 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-# Whose metrics this process writes. By default that would be its process id: a worker that ends
-# would leave its files behind for ever, and the next one would need space for new ones.
-_writer = "master"
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    values.ValueClass = values.MultiProcessValue(lambda: _writer)  # type: ignore[no-untyped-call]
-
 # A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
 SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
 
@@ -271,7 +260,7 @@ REQUEST_DURATION = prometheus_client.Histogram(
     "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
 )
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
-    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="sum"
+    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="livesum"
 )
 SQS_CALLS = _counter(
     "email_processor_sqs_calls",
@@ -290,7 +279,7 @@ SQS_BATCH_SIZE = prometheus_client.Histogram(
 SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
     "email_processor_sqs_circuits_open",
     "Workers that take SQS for down and refuse at once.",
-    multiprocess_mode="sum",
+    multiprocess_mode="livesum",
 )
 TOKEN_READS = _counter(
     "email_processor_token_reads",
@@ -301,21 +290,11 @@ TOKEN_READS = _counter(
 TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
     "email_processor_token_read_timestamp_seconds",
     "Last read of the token; of the worker for which that is longest ago; 0 for never.",
-    multiprocess_mode="min",
+    multiprocess_mode="livemin",
 )
-
-
-def write_metrics_as(writer: str, alive: bool = False) -> None:
-    """Write into the files that carry the writer's name, and count on from what they hold.
-
-    Only one process at a time may use a name. The gauges begin anew: in a writer that is `alive`
-    with 0, else with what does not count beside the others' values.
-    """
-    global _writer
-    _writer = writer
-    REQUESTS_IN_FLIGHT.set(0)
-    SQS_CIRCUITS_OPEN.set(0)
-    TOKEN_READ_TIMESTAMP.set(0 if alive else float("inf"))
+LOG_LINES_DROPPED = prometheus_client.Counter(
+    "email_processor_log_lines_dropped", "Log lines that standard output did not take in time."
+)
 
 
 def metrics_text() -> bytes:
@@ -362,6 +341,79 @@ def add_request(record: logging.LogRecord) -> bool:
     return True
 
 
+class LogHandler(QueueHandler):
+    """Writes log lines to standard output, and makes nobody wait until they are read there.
+
+    From start() on a thread writes them. Before, in a process that is still to fork, the caller
+    does, if there is room. A line without room is dropped and counted; a later one tells how many.
+    """
+
+    def __init__(self, lines: int = 1000) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._lines = lines  # that may wait for the thread
+        self._queued = self._written = self._dropped = self._told = 0
+        self._thread: threading.Thread | None = None
+        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
+        self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
+
+    def enqueue(self, line: Any) -> None:
+        if self._thread is None and self._has_room():
+            self._write(line)
+        elif self._thread and self._queued - self._written < self._lines:
+            self._queued += 1
+            self.queue.put_nowait(line)
+        else:
+            self._drop()
+
+    def flush(self) -> None:
+        """At the exit: let the thread write what waits, for a second at most."""
+        end = time.monotonic() + 1
+        while self._thread and self._written < self._queued and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _has_room(self) -> bool:
+        try:
+            return bool(select.select([], [self._out], [], 0)[1])
+        except (OSError, TypeError, ValueError):  # it is no file of the system's
+            return True
+
+    def _work(self) -> None:
+        while True:
+            lines = [self.queue.get()]
+            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
+            while self.queue.qsize():  # type: ignore[attr-defined]
+                lines.append(self.queue.get())
+            for line in lines:
+                self._write(line)
+                self._written += 1
+
+    def _write(self, line: bytes) -> None:
+        try:
+            self._put(line)
+            if dropped := self._dropped - self._told:
+                told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
+                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
+                self._told += dropped
+        except (AttributeError, OSError, TypeError):  # closed, or full though it never blocks
+            self._drop()
+
+    def _put(self, data: bytes) -> None:
+        while data:
+            data = data[operator.index(self._out.write(data)) :]
+
+    def _drop(self) -> None:
+        LOG_LINES_DROPPED.inc()
+        with self.lock:  # type: ignore[union-attr]
+            self._dropped += 1
+
+
 def record_answer(path: str, status: int, **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
     ANSWERS[line.get("error") or "success"].inc()
@@ -375,61 +427,7 @@ def record_answer(path: str, status: int, **line: Any) -> None:
 # --- Reading the body -----------------------------------------------------------------------------
 
 
-class RequestDeadline:
-    """Ends requests that take longer than `seconds` in all to arrive, and answers that take longer
-    than twice that to be taken.
-
-    A socket timeout would start again with each byte that trickles, and Gunicorn's `timeout` does
-    not watch threads. So one thread a worker looks through the sockets in use, twenty times a
-    second, and shuts the overdue ones: the blocked read then sees the end, the blocked write fails.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._ends: dict[socket.socket, tuple[float, int]] = {}  # when, and what to shut then
-        self._start_lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def start(self, sock: socket.socket, arrived: float | None = None) -> None:
-        """Watch a socket that is read from, unless it is watched already.
-
-        `arrived` is when the request came. It may have waited for a thread since, and that counts,
-        else slow requests in a row would hold the threads for one deadline after the other. By then
-        most of an honest one has arrived; for the rest it has a twentieth of the time.
-        """
-        if self._thread is None:  # not before the fork: a thread would stay behind in the master
-            with self._start_lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._watch, daemon=True)
-                    self._thread.start()
-        now = self._clock()
-        waited = 0 if arrived is None else now - arrived
-        end = now + max(self._seconds - waited, self._seconds / 20)
-        self._ends.setdefault(sock, (end, socket.SHUT_RD))
-
-    def answer(self, sock: socket.socket) -> None:
-        """From now on, watch a socket that is written to."""
-        self._ends[sock] = (self._clock() + 2 * self._seconds, socket.SHUT_RDWR)
-
-    def stop(self, sock: socket.socket) -> bool:
-        """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
-        return self._ends.pop(sock, None) is None
-
-    def end_overdue(self) -> None:
-        now = self._clock()
-        for sock, (end, what) in self._ends.copy().items():
-            if now >= end and self._ends.pop(sock, None) is not None:
-                with suppress(OSError):  # the client may have gone already
-                    sock.shutdown(what)
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(0.05)
-            self.end_overdue()
-
-
-def read_body(limit: int, deadline: RequestDeadline) -> bytes:
+def read_body(limit: int) -> bytes:
     """The body of the current request, of at most `limit` bytes.
 
     What is too long is read to its end and dropped: many clients read no answer before they have
@@ -438,29 +436,24 @@ def read_body(limit: int, deadline: RequestDeadline) -> bytes:
     Raises Refusal: request_too_large, request_timeout, or invalid_json for a body that breaks off.
     """
     g.body_read = True
-    environ, declared = request.environ, request.content_length
-    stream, sock = environ["wsgi.input"], environ.get("gunicorn.socket")
-    too_large, body = (declared or 0) > limit, b""
-    if sock:
-        deadline.start(sock)
+    stream, declared = request.stream, request.content_length or 0
+    too_large, body = declared > limit, b""
     try:
         if not too_large:
             body = stream.read(limit + 1)
             too_large = len(body) > limit
         while too_large and stream.read(65536):
             pass
-        whole = too_large or len(body) >= (declared or 0)
-    except (OSError, ParseException):  # reset, broken off, or malformed chunks
+    except Exception:  # as the server says that it broke off or that a chunk is malformed
         whole = False
-    late = deadline.stop(sock) if sock else False
-    if late or not whole:
-        # gunicorn.conf.py provides it: no further request can be read from this connection.
-        getattr(stream, "force_close", lambda: None)()
+    else:
+        whole = len(body) >= declared
     if too_large:
         raise Refusal("request_too_large", f"The request body is larger than {limit} bytes.")
     if whole:
         return bytes(body)
-    if late:
+    # gunicorn.conf.py ends a body that does not arrive in time.
+    if getattr(request.environ.get("gunicorn.socket"), "late", False):
         raise Refusal("request_timeout")
     raise Refusal("invalid_json", "The request body breaks off or is not well-formed HTTP.")
 
@@ -1379,6 +1372,11 @@ def openapi_document() -> str:
     return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
 
 
+@functools.cache  # so that clients who are slow to take it share one copy
+def docs_file(name: str) -> bytes:
+    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
+
+
 class Service(Flask):
     """Flask, with routes found by path and method alone.
 
@@ -1420,7 +1418,6 @@ def create_app(
         clock,
         pause,
     )
-    deadline = RequestDeadline(settings.body_timeout_seconds)
 
     def warm_up() -> None:
         """See the token and the queue, so that a later outage finds every worker knowing both."""
@@ -1429,14 +1426,13 @@ def create_app(
             publisher.limit.bytes()
 
     app = Service(__name__, static_folder=None)
-    # For gunicorn.conf.py: to watch a request from its first byte on, and a worker's first step.
-    app.extensions |= {"deadline": deadline, "warm_up": warm_up}
+    app.extensions["warm_up"] = warm_up  # a worker's first step
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
     app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
 
     def take_message() -> str:
         """Read, check and publish what the request brings; the MessageId."""
-        body = read_body(settings.max_request_bytes, deadline)
+        body = read_body(settings.max_request_bytes)
         check_media_type(request)
         members, text = parse_request(body)
         token = members.get("token")
@@ -1517,8 +1513,7 @@ def create_app(
     @app.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")
     def docs_asset(asset: str) -> Response:
         kind = "text/css" if asset.endswith(".css") else "text/javascript"
-        content = (files("flask_swagger_ui") / "dist" / asset).read_bytes()
-        return Response(content, mimetype=kind, headers={"Cache-Control": "max-age=3600"})
+        return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
     @app.errorhandler(Exception)
     def refused(error: Exception) -> Response:
@@ -1555,9 +1550,6 @@ def create_app(
         g.line = {"request_id": request_id, "trace_id": trace_id}
         g.started = time.perf_counter()
         g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
-        sock = environ.get("gunicorn.socket")
-        if g.body_read and sock and deadline.stop(sock):
-            environ["wsgi.input"].force_close()  # as in read_body
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
 
@@ -1567,9 +1559,7 @@ def create_app(
         if not g.body_read:
             # Unread bytes would be taken for the next request on this connection.
             with suppress(Refusal):
-                read_body(0, deadline)
-        if sock := environ.get("gunicorn.socket"):
-            deadline.answer(sock)
+                read_body(0)
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
         duration = time.perf_counter() - g.started

@@ -251,6 +251,7 @@ UNREADABLE = {
     "unknown expectation": post_head("Content-Length: 2", "Expect: wonders") + b"{}",
     "version": request_head("GET", "/health", version="3.0"),
     "folded header": request_head("GET", "/health", "A: x", " y"),
+    "bytes in path": "GET /\u00e9 HTTP/1.1\r\n\r\n".encode(),
 }
 
 
