@@ -65,7 +65,7 @@ files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 wsgi_app = "app:create_app()"
 # The address of IPv6 takes IPv4 too.
-bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"
+bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"  # noqa: S104
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
 # Each worker listens for itself, and the kernel spreads connections evenly; that of Linux does. A
