@@ -1,7 +1,7 @@
 """Rewrite the tables that the code decides: venv/bin/python docs/tables.py
 
-Each stands in README.md or docs/ between <!-- table: NAME --> and <!-- end -->. What a setting means
-is written by hand, and kept.
+Each stands in README.md or docs/ between <!-- table: NAME --> and <!-- end -->. The meaning of a
+setting is written by hand, and kept.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ def settings(old: str) -> list[tuple[str, ...]]:
 def errors(_: str) -> list[tuple[str, ...]]:
     """In the order of the checks; openapi.yaml explains each."""
     api = (PROJECT / "openapi.yaml").read_text("utf-8")
-    texts = [answer["description"] for answer in yaml.safe_load(api)["components"]["responses"].values()]
+    texts = [
+        answer["description"] for answer in yaml.safe_load(api)["components"]["responses"].values()
+    ]
     explained = dict(re.findall(r"^\| (`\w+`) \| (.+) \|$", "\n".join(texts), re.M))
     rows = [("Status", "`error`", "When", "Then")]
     for code, (status, _text) in app.ERRORS.items():

@@ -1,7 +1,7 @@
-"""Bad days: real workers, an AWS that misbehaves on command, clients that count every answer.
+"""Failure modes: real workers, an AWS that misbehaves on command, clients that count every answer.
 
 Each test has a short form of seconds; `--full` runs the long one. The figures are printed at the
-end of the run; RELIABILITY.md has those of a full one. No verdict depends on how fast a machine is:
+end of the run; docs/reliability.md has those of a full one. No verdict depends on how fast a machine is:
 each step waits for the one before.
 """
 

@@ -80,8 +80,8 @@ def values(records: list[Record], path: str) -> list[Any]:
 
 
 def queries() -> dict[str, str]:
-    """The queries of the guide and the runbook, by the line that stands before each."""
-    text = page("setup") + page("runbook")
+    """The queries of the two pages, by the line that stands before each."""
+    text = page("metrics") + page("runbook")
     return dict(re.findall(r"([^\n]+)\n\n```\n(filter .*?)```", text, re.DOTALL))
 
 

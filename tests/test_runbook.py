@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from typing import Any
 
+import boto3
+import botocore.session
 import pytest
-from conftest import PROJECT
+from botocore.exceptions import ClientError
+from conftest import PROJECT, environment
 from fake_aws import FakeAws
-from test_deploy import World, emulator, world
+from test_deploy import emulator
 from test_documentation import page
 
 import app
 
-__all__ = ["emulator", "world"]  # fixtures
+__all__ = ["emulator"]  # a fixture
 
 RUNBOOK = page("runbook")
 SOURCE = (PROJECT / "app.py").read_text("utf-8")
@@ -47,16 +53,6 @@ def test_entries_have_the_same_parts() -> None:
     assert len(same) == 5
 
 
-def test_every_link_leads_somewhere() -> None:
-    headings = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.+)$", RUNBOOK, re.MULTILINE)
-    }
-    links = set(re.findall(r"\]\(#([\w-]+)\)", RUNBOOK))
-    assert links
-    assert links <= headings
-
-
 def test_first_look_names_log_messages_of_the_service() -> None:
     rows = [row.split("|")[1] for row in RUNBOOK.splitlines() if row.startswith("| ")]
     named = [text for row in rows if "log" in row for text in re.findall(r"`(\w+(?: \w+)+)`", row)]
@@ -70,81 +66,131 @@ def test_metrics_that_it_names_are_the_services() -> None:
         assert base.removeprefix("email_processor_") in SOURCE, metric
 
 
-def error(code: str, status: int = 400) -> dict[str, Any]:
-    return {"kind": "error", "code": code, "status": status}
+# --- Causes ---------------------------------------------------------------------------------------
+
+OPERATIONS = {
+    "sqs": ("SendMessage", "SendMessageBatch", "GetQueueAttributes"),
+    "ssm": ("GetParameters",),
+    "sts": ("AssumeRoleWithWebIdentity",),
+}
+# What AWS documents for all of its services, and SQS's, KMS's and STS's older spellings.
+COMMON = re.findall(
+    r"\S+",
+    """
+AccessDenied AccessDeniedException AWS.SimpleQueueService.NonExistentQueue
+AWS.SimpleQueueService.UnsupportedOperation ExpiredToken ExpiredTokenException IncompleteSignature
+InternalError InternalFailure InternalServerError InvalidAction InvalidAddress InvalidClientTokenId
+InvalidParameterCombination InvalidParameterValue InvalidQueryParameter InvalidSignatureException
+KMS.AccessDeniedException KMS.DisabledException KMS.ThrottlingException
+MalformedHttpRequestException MalformedQueryString MissingAction MissingAuthenticationToken
+MissingParameter NotAuthorized OptInRequired RequestAbortedException RequestEntityTooLargeException
+RequestExpired RequestLimitExceeded RequestThrottled RequestTimeTooSkewed RequestTimeoutException
+ServiceUnavailable SignatureDoesNotMatch SlowDown ThrottlingException TooManyRequestsException
+UnknownOperationException UnrecognizedClientException ValidationError
+""",
+)
 
 
-FAULTS = [
-    *(error("AccessDeniedException"), error("ThrottlingException"), error("RequestThrottled")),
-    *(error("ExpiredTokenException"), error("UnrecognizedClientException")),
-    *(error("InvalidClientTokenId"), error("AWS.SimpleQueueService.NonExistentQueue")),
-    *(error("InternalFailure", 500), error("ServiceUnavailable", 503)),
-    *({"kind": "hang"}, {"kind": "reset"}),
-]
-# These need a machine without credentials, or another network.
-NOT_HERE = {"AssumeRoleWithWebIdentity", "Unable to locate credentials", "Connect timeout"}
+def rows_of_causes() -> list[set[str]]:
+    table = ENTRIES["queue_unavailable"].split("\n| `cause` has |")[1].split("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
+    return [set(re.findall("`(.+?)`", cell)) for cell in cells]
 
 
-@pytest.fixture
-def causes(
-    fake: FakeAws, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> set[str]:
-    """What the log says about a queue that is not seen, for each of the faults."""
-    settings = app.Settings(sqs_queue_url=fake.queue_url)
+def row_of(cause: str) -> int | None:
+    found = (n for n, words in enumerate(rows_of_causes()) if any(word in cause for word in words))
+    return next(found, None)
+
+
+def documented() -> Iterator[str]:
+    """The causes of every error that AWS documents for the service's calls."""
+    for service, operations in OPERATIONS.items():
+        model = botocore.session.get_session().get_service_model(service)
+        for operation in operations:
+            shapes = model.operation_model(operation).error_shapes
+            for code in (*(shape.name for shape in shapes), *COMMON):
+                response = {"Error": {"Code": code, "Message": ""}}
+                yield app.detail_of(ClientError(response, operation))
+
+
+def test_every_error_that_aws_documents_leads_to_a_row() -> None:
+    assert [cause for cause in documented() if row_of(cause) is None] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "word"),
+    [
+        ({"kind": "error", "status": 403, "code": "SignatureDoesNotMatch"}, "Signature"),
+        ({"kind": "error", "status": 400, "code": "ExpiredTokenException"}, "ExpiredToken"),
+        ({"kind": "error", "status": 400, "code": "KMS.DisabledException"}, "KMS"),
+        ({"kind": "error", "status": 400, "code": "AccessDeniedException"}, "AccessDenied"),
+        ({"kind": "error", "status": 400, "code": "RequestThrottled"}, "Throttl"),
+        ({"kind": "error", "status": 500, "code": "InternalFailure"}, "Internal"),
+        ({"kind": "reset"}, "Connection was closed"),
+        pytest.param({"kind": "hang"}, "imeout", marks=pytest.mark.slow),
+        ({"kind": "garbage"}, "JSONDecodeError"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
+        ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "Could not resolve"),
+        ({"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}, "proxy"),
+        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere"}, "Errno"),
+    ],
+    ids=str,
+)
+def test_cause_of_the_log_leads_to_its_row(
+    fault: dict[str, Any],
+    word: str,
+    fake: FakeAws,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     for name, value in fake.environment().items():
         monkeypatch.setenv(name, value)
-
-    def look(fault: dict[str, Any]) -> None:
+    if "kind" in fault:
         fake.set(faults={"SQS": fault})
-        app.create_app(settings).test_client().get("/ready")
-
-    for fault in FAULTS:
-        look(fault)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    look({})
-    found = [vars(record) for record in caplog.records if record.message == "queue not seen"]
-    assert len(found) == len(FAULTS) + 1
-    return {str(record["cause"]) for record in found}
-
-
-def named_in(entry: str) -> set[str]:
-    table = ENTRIES[entry].split("\n| `cause` has |")[1].split("\n\n")[0]
-    cells = [row.split("|")[1] for row in table.splitlines()[2:] if "anything else" not in row]
-    return {word for cell in cells for word in re.findall("`(.+?)`", cell)} - {"cause"}
+    elif "AWS_WEB_IDENTITY_TOKEN_FILE" in fault:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/email-processor-role")
+    for name, value in fault.items():
+        if name.isupper():
+            monkeypatch.setenv(name, value)
+    settings = app.Settings(sqs_queue_url=fake.queue_url)
+    app.create_app(settings).test_client().get("/ready")
+    (line,) = [vars(record) for record in caplog.records if record.message == "queue not seen"]
+    assert row_of(line["cause"]) == row_of(word), line["cause"]
 
 
-@pytest.mark.slow  # SQS hangs once
-def test_causes_in_its_tables_are_those_of_the_log(causes: set[str]) -> None:
-    causes = causes | set(re.findall(r'"cause": "([^"]+)"', SOURCE))  # none of AWS's
-    named = named_in("queue_unavailable")
-    assert {cause for cause in causes if not any(word in cause for word in named)} == set()
-    named |= named_in("token_store_unavailable") - {"token parameter missing in SSM"}
-    unseen = {word for word in named if not any(word in cause for cause in causes)}
-    assert unseen == NOT_HERE
+# --- Commands -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow  # the AWS command line is started for each
 @pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
-def test_commands_of_aws_run(world: World) -> None:
-    sqs = world.client("sqs")
+def test_commands_of_aws_run(emulator: str) -> None:
+    variables = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
+    aws = functools.partial(boto3.client, region_name="us-west-1", endpoint_url=emulator)
+    keys = {name.lower(): value for name, value in variables.items()}
+    sqs, ssm = aws("sqs", **keys), aws("ssm", **keys)
     dead = sqs.create_queue(QueueName="dev-CP-queue-dlq")["QueueUrl"]
     arn = sqs.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])["Attributes"]
     redrive = json.dumps({"deadLetterTargetArn": arn["QueueArn"], "maxReceiveCount": 5})
-    sqs.create_queue(QueueName="source", Attributes={"RedrivePolicy": redrive})
-    world.client("ssm").put_parameter(
-        Name="/email-service/api-token", Value="old", Type="SecureString"
-    )
+    sqs.create_queue(QueueName="dev-CP-queue", Attributes={"RedrivePolicy": redrive})
+    ssm.put_parameter(Name="/email-service/api-token", Value="old", Type="SecureString")
     blocks = re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
     commands = [block for block in blocks if "aws " in block and "kubectl" not in block]
     assert len(commands) >= 5
     # Version 1 of the command ignores AWS_ENDPOINT_URL for SQS. What the emulator does not have is
     # checked by the command alone, arguments and all.
-    aws = """aws() { case "$*" in
+    script = """aws() { case "$*" in
       *message-move-task*) command aws "$@" --generate-cli-skeleton output ;;
       *) command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@" ;;
     esac; }
     """
     for block in commands:
-        result = world.execute("bash", "-euo", "pipefail", "-c", aws + block)
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script + block],
+            env=environment(AWS_ENDPOINT_URL=emulator, NO_PROXY="127.0.0.1", **variables),
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, (block, result.stderr)
-    assert world.token("/email-service/api-token-2")["Value"]
+    assert ssm.get_parameter(Name="/email-service/api-token-2")["Parameter"]["Value"]
