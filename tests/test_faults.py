@@ -1,8 +1,8 @@
 """Failure modes: real workers, an AWS that misbehaves on command, clients that count every answer.
 
 Each test has a short form of seconds; `--full` runs the long one. The figures are printed at the
-end of the run; docs/reliability.md has those of a full one. No verdict depends on how fast a machine is:
-each step waits for the one before.
+end of the run; docs/reliability.md has those of a full one. No verdict depends on how fast a
+machine is: each step waits for the one before.
 """
 
 from __future__ import annotations
