@@ -223,6 +223,7 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
+    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -230,7 +231,7 @@ class Service:
         self.temporary.mkdir()
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                gunicorn(),
+                [*self.wrapper, *gunicorn()],
                 cwd=PROJECT,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
