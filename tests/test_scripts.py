@@ -502,6 +502,7 @@ RUNTIME, DEVELOPMENT = (
 def pins(file: str) -> dict[str, str]:
     """Package -> its pin and hashes."""
     text = re.sub(r" *#.*\n", "", (PROJECT / file).read_text("utf-8"))
+    text = re.sub(r"^([\w.-]+)\[[\w, ]+\]", r"\1", text, flags=re.MULTILINE)  # extras
     entries = text.replace("\\\n", " ").splitlines()
     return {entry.split("==")[0]: entry for entry in entries}
 
