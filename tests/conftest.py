@@ -209,6 +209,12 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def has_booted(worker: int) -> bool:
+    """Whether it heeds signals by itself: a fork has its master's handlers at first."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{worker}/status").read_text(), re.M)
+    return bool(caught) and not int(caught[1], 16) >> (signal.SIGHUP - 1) & 1
+
+
 def metrics_folder(pid: int) -> Path:
     """Where a process keeps the files of its metrics: it has them in its memory."""
     (folder,) = set(
@@ -263,7 +269,10 @@ class Service:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.errors()
         # All, as the connections of a load stay with the workers that are there when it begins.
-        if len(self.workers()) < int(self.variables.get("GUNICORN_WORKERS", "4")):
+        workers = self.workers()
+        if len(workers) < int(self.variables.get("GUNICORN_WORKERS", "4")):
+            return False
+        if not all(map(has_booted, workers)):
             return False
         try:
             return self.get("/health").status == 200
