@@ -37,8 +37,12 @@ memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     made, master = tempfile.mkdtemp(prefix="email-processor-", dir=memory), os.getpid()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = made
-    # Workers run exit handlers too.
-    atexit.register(lambda: os.getpid() == master and shutil.rmtree(made, ignore_errors=True))
+
+    def remove() -> None:
+        if os.getpid() == master:  # workers run exit handlers too
+            shutil.rmtree(made, ignore_errors=True)
+
+    atexit.register(remove)
 metrics = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 try:
     metrics.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,7 @@ can_be_read = re.compile(
 
 
 class ClientSocket(socket.socket):
-    """A client's connection, on which a thread waits for the rest of a body, and for nothing else."""
+    """A client's connection, on which threads wait for bodies, until the deadline, and nothing else."""
 
     received = b""  # of the next request
     unsent: tuple[memoryview, ...] = ()  # of the last answer
@@ -141,8 +145,6 @@ class ClientSocket(socket.socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         self.send(data)
-
-    # The main loop's part.
 
     def receive(self) -> bytes:
         data = super().recv(16_384)
@@ -199,12 +201,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def accept(self, listener: Any) -> bool:
         try:
-            sock, (host, *more) = listener.accept()
+            sock, address = listener.accept()
         except OSError:  # nobody is there any more, or there is no room
             return False
         client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
         socket.socket.setblocking(client, False)
-        address = (host.removeprefix("::ffff:"), *more)
+        # Else a client that takes nothing would have a whole answer in the kernel's memory.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         conn = TConn(self.cfg, client, address, listener.getsockname())
         conn.parser, conn.data_ready = ClientParser(self.cfg, client, address), True
         self.nr_conns += 1
@@ -252,7 +255,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.await_head(conn)
 
     def linger(self, conn: TConn) -> None:
-        """Take what the client still sends: unread, it would reset the connection and the answer."""
+        """Read what still comes: unread, it would reset the connection under the answer."""
         conn.sock.receive()
         self.wait(conn, selectors.EVENT_READ, self.linger)
 
@@ -287,12 +290,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         wrong Content-Length made look like the next request.
         """
         if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
-            refusal = app.Refusal(
-                "request_too_large",
-                f"The request line may have {limit_request_line} bytes, a header line "
-                f"{self.cfg.limit_request_field_size}, and {self.cfg.limit_request_fields} headers "
-                "are allowed.",
-            )
+            too_much = "The request line or a header is too long, or there are too many headers."
+            refusal = app.Refusal("request_too_large", too_much)
         elif req is None:
             refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
@@ -345,7 +344,8 @@ def post_fork(server: Any, worker: Any) -> None:
     # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
     # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger().handlers[0].start()
+    (stdout,) = logging.getLogger().handlers
+    stdout.start()  # type: ignore[attr-defined]
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
     # Python runs one thread of a process at a time. Threads that pass their turn from core to core
     # cost a worker of 64 threads 40 % more CPU than on one core. Several workers need all cores.
@@ -358,4 +358,4 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    mark_process_dead(worker.pid)
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
