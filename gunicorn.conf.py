@@ -104,7 +104,7 @@ can_be_read = re.compile(
 
 
 class ClientSocket(socket.socket):
-    """A client's connection, on which threads wait for bodies, until the deadline, and nothing else."""
+    """A client's connection. All that a thread waits for is a body, and that until the deadline."""
 
     received = b""  # of the next request
     unsent: tuple[memoryview, ...] = ()  # of the last answer

@@ -231,9 +231,10 @@ def test_a_thousand_idle_connections_stop_nobody(
     try:
         with service, ExitStack() as stack:
             before = service.workers()
-            idle = [stack.enter_context(service.connect()) for _ in range(1000)]
-            for client in idle:
-                assert client.send(HEALTH).answer().status == 200
+            idle = []
+            for _ in range(1000):
+                idle.append(stack.enter_context(service.connect()))
+                assert idle[-1].send(HEALTH).answer().status == 200
             busy = [stack.enter_context(service.connect()) for _ in range(64)]
             for _ in range(5):
                 for client in busy:
@@ -433,7 +434,6 @@ def test_service_whose_log_is_full_stops_all_the_same(piped: StartPiped) -> None
 HIDE = """
 import sys, runpy
 sys.modules.update(dict.fromkeys(["gunicorn", "fcntl", "grp", "pwd", "resource", "termios"]))
-sys.argv = sys.argv[1:]
 """
 
 
@@ -465,10 +465,10 @@ def test_local_server_works_without_gunicorn(fake: FakeAws, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_unit_tests_pass_without_gunicorn() -> None:
-    code = HIDE + "import pytest; sys.exit(pytest.main(sys.argv))"
+    code = HIDE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     options = ("-q", "-x", "-p", "no:cacheprovider", "test_app.py")
     run = subprocess.run(
-        [sys.executable, "-c", code, "", *options],
+        [sys.executable, "-c", code, *options],
         cwd=PROJECT,
         env=environment(),
         capture_output=True,
