@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import logging
+import logging.config
 import math
 import operator
 import os
@@ -34,6 +35,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.resources import files
+from importlib.util import find_spec
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +67,7 @@ from flask import Flask, Request, Response, g, has_app_context, request
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
+from werkzeug.serving import make_server
 
 SERVICE = "email-processor"
 VERSION = "1.0.0"
@@ -414,13 +417,14 @@ class LogHandler(QueueHandler):
             self._dropped += 1
 
 
-def record_answer(path: str, status: int, **line: Any) -> None:
+def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
     ANSWERS[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
         line = {name: value for name, value in line.items() if value is not None}
+        line["client"] = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
         log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
@@ -1646,8 +1650,28 @@ Stop it with Ctrl-C.
 """
 
 
+def listen(port: int) -> socket.socket:
+    """A socket for IPv4 and IPv6, where the machine has both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def serve_without_gunicorn(settings: Settings) -> None:
+    logging.config.dictConfig(logging_config(settings.log_level))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request once more
+    with listen(settings.port) as sock:
+        host, app = sock.getsockname()[0], create_app(settings)
+        server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
 def main() -> None:
-    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset."""
+    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset.
+
+    Gunicorn needs POSIX. Elsewhere Flask's own server takes its place.
+    """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
     try:
         settings = Settings.from_environ(
@@ -1655,20 +1679,25 @@ def main() -> None:
         )
     except SettingsError as error:
         sys.exit(str(error))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", settings.port))
-        except OSError as error:
-            sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
-    if not embedded:
+    try:
+        listen(settings.port).close()
+    except OSError as error:
+        sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
+    posix = find_spec("fcntl") is not None
+    if posix and not embedded:
         os.chdir(PROJECT)
         os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
-    try:
-        os.environ.update(start_embedded_aws(settings))
-    except ImportError:
-        sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
-    settings = Settings.from_environ(os.environ)
+    if embedded:
+        try:
+            os.environ.update(start_embedded_aws(settings))
+        except ImportError:
+            sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
+        settings = Settings.from_environ(os.environ)
+    if not posix:
+        if embedded:
+            print(explain_embedded_aws(settings), flush=True)
+        serve_without_gunicorn(settings)
+        return
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt

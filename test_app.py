@@ -561,6 +561,17 @@ def test_body_shorter_than_its_length_is_400(service: Service, stream: Any) -> N
     assert not service.sqs.messages
 
 
+@pytest.mark.parametrize(("read", "length"), [(b'{"data"', len(BODY)), (OSError(), None)])
+def test_body_that_the_worker_ended_as_late_is_408(
+    service: Service, read: Any, length: int | None
+) -> None:
+    environ = {"gunicorn.socket": SimpleNamespace(late=True)}
+    stream = Mock(read=Mock(side_effect=[read]))
+    environ |= {"wsgi.input": stream, "wsgi.input_terminated": True}
+    environ |= {"CONTENT_LENGTH": str(length)} if length else {"HTTP_TRANSFER_ENCODING": "chunked"}
+    service.refuses("request_timeout", b"", environ_overrides=environ)
+
+
 # --- Rules 4 and 5: content type and JSON ---------------------------------------------------------
 
 
