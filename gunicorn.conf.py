@@ -354,7 +354,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    threading.Thread(target=worker.wsgi.extensions["warm_up"], daemon=True).start()
+    threading.Thread(target=worker.wsgi.warm_up, daemon=True).start()
 
 
 def child_exit(server: Any, worker: Any) -> None:

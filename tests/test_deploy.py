@@ -1,6 +1,6 @@
 """deploy.sh: with the real AWS command line against an emulated AWS, and with stand-ins of tools.
 
-The stand-ins (stand_in.py) record what they were given, and answer as AWS, a registry and a cluster.
+The stand-ins (stand_in.py) record what they were given and answer as AWS, a registry and a cluster.
 kubectl builds the manifests itself.
 """
 
