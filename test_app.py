@@ -132,7 +132,7 @@ def forget_aws(patch: pytest.MonkeyPatch) -> None:
         patch.setenv(name, os.devnull)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # as long as it is there, no boto3 client reaches another AWS
 def aws() -> Iterator[SimpleNamespace]:
     """moto. Each test takes names of its own."""
     with pytest.MonkeyPatch.context() as patch:
