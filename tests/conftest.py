@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +427,8 @@ def kill(pid: int) -> None:
 @pytest.fixture(scope="session")
 def start_service(aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> StartService:
     """Make a service that is not started yet: use it in a `with`."""
+    if find_spec("fcntl") is None:
+        pytest.skip("Gunicorn needs POSIX")
 
     def make(**variables: str) -> Service:
         folder = tmp_path_factory.mktemp("service") / "tmp"

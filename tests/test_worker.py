@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -220,6 +220,7 @@ def test_a_thousand_idle_connections_stop_nobody(
     start_service: StartService, fake: FakeAws, profile: str, hard: int | None
 ) -> None:
     """With 64 busy ones beside them, and the 1,024 files that many systems allow at first."""
+    resource = pytest.importorskip("resource")
     ours, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 4096:
         pytest.skip("needs 4,096 open files")
@@ -330,7 +331,7 @@ def test_worker_that_stops_leaves_no_connection_behind(
         try:
             for _ in range(3):
                 old = service.workers()
-                service.process.send_signal(1)  # SIGHUP
+                service.process.send_signal(signal.SIGHUP)
                 eventually(lambda old=old: not {*old} & {*service.workers()})
                 eventually(lambda: len(service.workers()) == 4)
         finally:
