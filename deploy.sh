@@ -571,10 +571,11 @@ show_reasons() {
   kube logs "$newest" --all-containers --tail 20 --previous
 }
 
-# Puts an object back as it was read, whole: kubectl rollout undo knows the pods' template alone.
+# Puts an object back as it was read, whole: kubectl rollout undo knows the pods' template alone. --raw,
+# because else kubectl would note all of it as applied, and the next apply take the number of pods away.
 put_back() {
-  [ ! -s "$work/$1" ] || kube patch --local -f "$work/$1" --type merge --patch "$2" --output json 2>/dev/null |
-    quietly kube replace -f -
+  [ ! -s "$work/$1" ] || kube patch --local -f "$work/$1" --type merge --patch "$3" --output json 2>/dev/null |
+    quietly kube replace --raw "$2" -f -
 }
 
 # Ends the run, after going back to what ran before if anything was applied.
@@ -586,12 +587,13 @@ stop() {
     die "$failed. It is the first deployment, so there is nothing to go back to. $again" "$status"
   [[ $state_before == *" NewReplicaSetAvailable" ]] ||
     die "$failed. What was deployed before had not rolled out either, so there is nothing to go back to. $again" "$status"
-  put_back configmap '{"metadata": {"resourceVersion": null}}' || true
+  put_back configmap "/api/v1/namespaces/$name/configmaps/$name-config" '{"metadata": {"resourceVersion": null}}' || true
   [[ $(deployment_state) != "${state_before% *} "* ]] ||
     die "$failed. The Deployment is the one that was there before. $again" "$status"
   # The autoscaler may have changed their number since.
   if ! { replicas=$(kube get "deployment/$name" --output 'jsonpath={.spec.replicas}') &&
-    put_back deployment "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
+    put_back deployment "/apis/apps/v1/namespaces/$name/deployments/$name" \
+      "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
     trap - INT TERM HUP && rollout; }; then
     die "$failed, and so did going back to what ran before. See kubectl --namespace $name describe deployment $name." "$status"
   fi
