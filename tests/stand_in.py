@@ -77,7 +77,7 @@ def aws(state: dict[str, Any], arguments: list[str], text: str) -> str:
             if given["--queue-name"] not in state["queues"]:
                 sys.exit("An error occurred (AWS.SimpleQueueService.NonExistentQueue)")
         case "sqs", "get-queue-attributes":
-            return "None\n"
+            return str(state["redrive"])
         case "acm", _:
             return str(state["certificate"])
         case "ecr", "describe-images":

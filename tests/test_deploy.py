@@ -1,7 +1,6 @@
 """deploy.sh: with the real AWS command line against an emulated AWS, and with stand-ins of tools.
 
-The stand-ins (stand_in.py) record what they were given, and answer as AWS, a registry and a cluster.
-kubectl builds the manifests itself.
+The stand-ins (stand_in.py) record what they are given, and answer as AWS, registry and cluster do.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,12 @@ from test_scripts import assert_one_line, environment, executable, only
 KUBECTL = shutil.which("kubectl") or ""
 AWS = shutil.which("aws") or ""
 needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed")
+
+
+def slow(test: Callable[..., None]) -> Any:
+    """A whole run of deploy.sh, or several."""
+    return pytest.mark.slow(needs_kubectl(test))
+
 
 DEPLOY = PROJECT / "deploy.sh"
 SETUP = (PROJECT / "SETUP.md").read_text("utf-8")
@@ -86,6 +91,7 @@ class World:
             queues=["dev-CP-queue", "other"],
             certificate="ISSUED",
             digest="None",
+            redrive="None",
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -175,10 +181,18 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-@pytest.fixture
-def running(world: World) -> World:
-    """The service runs, deployed by an earlier run."""
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the tools have after a run of the project as it is."""
+    world = World(tmp_path_factory.mktemp("first"))
     world.deploy()
+    return (world.folder / "state.json").read_text()
+
+
+@pytest.fixture
+def running(world: World, first_run: str) -> World:
+    """The service runs, deployed by an earlier run."""
+    (world.folder / "state.json").write_text(first_run)
     return world
 
 
@@ -463,8 +477,7 @@ def test_render_takes_nothing_away_that_it_cannot_see(
 # --- Roll-out -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_second_run_keeps_what_runs(world: World) -> None:
     options = ("--token-parameter", f"{PARAMETER},/b", "--queue-name", "other")
     world.deploy(*options, "--certificate-arn", CERTIFICATE)
@@ -488,8 +501,7 @@ def last_applied(manifest: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_old_pods_keep_their_rights_until_new_ones_serve(running: World) -> None:
     change = ("--token-parameter", "/new", "--queue-name", "other")
     alone = ("dev-CP-queue", PARAMETER)
@@ -509,8 +521,7 @@ def test_old_pods_keep_their_rights_until_new_ones_serve(running: World) -> None
     assert running.objects[CONFIG]["data"]["sqs_queue_url"].endswith("/other")
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_failed_roll_out_brings_the_whole_deployment_back(running: World, checkout: Path) -> None:
     # The autoscaler has made more pods, and somebody has undone an earlier change by hand.
     before = running.objects
@@ -527,8 +538,8 @@ def test_failed_roll_out_brings_the_whole_deployment_back(running: World, checko
     (applied,) = running.applied()[-1]
     assert applied["spec"]["minReadySeconds"] == 2
     assert result.stderr.splitlines()[-1] == (
-        "deploy.sh: The roll-out failed, for the reasons above, and the deployment was undone: what "
-        "ran before serves again. Correct it and run this again."
+        "deploy.sh: The roll-out failed, for the reasons above, and the deployment was undone: "
+        "what ran before serves again. Correct it and run this again."
     )
     assert "Back-off pulling image" in result.stderr
     assert "AWS_REGION must be a region" in result.stderr
@@ -541,8 +552,7 @@ def test_failed_roll_out_brings_the_whole_deployment_back(running: World, checko
         assert after == before[name]
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_failure_after_a_failure_does_not_wait_twice(world: World) -> None:
     world.set(rollout_fails=True)
     assert "It is the first deployment" in world.fail()
@@ -554,8 +564,7 @@ def test_failure_after_a_failure_does_not_wait_twice(world: World) -> None:
     world.deploy("--queue-name", "dev-CP-queue")
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_pods_that_fail_without_a_change_are_not_undone(running: World) -> None:
     running.set(broken=[running.objects[DEPLOYMENT]["spec"]["template"]])
     assert "The Deployment is the one that was there before" in running.fail()
@@ -563,8 +572,7 @@ def test_pods_that_fail_without_a_change_are_not_undone(running: World) -> None:
     assert running.objects[DEPLOYMENT]["metadata"]["generation"] == 2
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_ctrl_c_during_the_roll_out_undoes_it(running: World) -> None:
     before = running.objects[DEPLOYMENT]["spec"]
     running.set(interrupted=True)
@@ -576,8 +584,7 @@ def test_ctrl_c_during_the_roll_out_undoes_it(running: World) -> None:
     assert running.objects[DEPLOYMENT]["spec"] == before
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_progress_of_the_roll_out_is_shown_at_once(world: World) -> None:
     os.mkfifo(world.folder / "go")
     world.set(blocks=True)
@@ -588,8 +595,7 @@ def test_progress_of_the_roll_out_is_shown_at_once(world: World) -> None:
         assert "Deployed" in process.communicate(timeout=300)[0]
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 @pytest.mark.parametrize("kind", ["PodDisruptionBudget", "HorizontalPodAutoscaler", "Deployment"])
 def test_refused_manifest_leaves_no_roll_out_behind(running: World, kind: str) -> None:
     before = running.objects[DEPLOYMENT]
@@ -602,61 +608,49 @@ def test_refused_manifest_leaves_no_roll_out_behind(running: World, kind: str) -
     assert running.objects[CONFIG]["data"]["sqs_queue_url"].endswith("/dev-CP-queue")
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_cluster_that_stops_answering_is_one_line(world: World) -> None:
-    world.set(unreadable="configmap/email-processor-config", objects={})
     world.set(unreadable="json")
     result = world.run()
     assert_one_line(result, "kubectl does not show what runs (Error from server (Forbidden))")
     assert world.objects == {}
 
 
-@pytest.mark.slow
-@needs_kubectl
+def test_alarm_watches_the_queues_own_dead_letter_queue(world: World) -> None:
+    world.set(redrive=json.dumps({"deadLetterTargetArn": f"{QUEUE}dead-letters"}))
+    assert "DeadLetterQueueName=dead-letters " in world.deploy("--dry-run")
+
+
+@slow
 def test_load_balancer_that_does_not_come_is_a_failure(world: World) -> None:
     world.set(hostname="")
     assert "has no ALB after 1 s" in world.fail("--timeout", "1").splitlines()[-1]
     assert len(world.rights()) == 2
 
 
-@dataclass
-class Checked:
-    """A checkout whose test.sh only says what it is asked."""
-
-    world: World
-    checkout: Path
-
-    def run(self, *options: str, passes: bool = True) -> subprocess.CompletedProcess[str]:
-        executable(
-            self.checkout / "test.sh",
-            f'#!/bin/sh\necho "$1 $TOKEN_SSM_PARAMETER $AWS_REGION"\n{str(passes).lower()}\n',
-        )
-        script = str(self.checkout / "deploy.sh")
-        return self.world.execute(script, REGISTRY, ACCOUNT, "--timeout", "1", *options)
+def run_check(
+    running: World, checkout: Path, url: str, *options: str, passes: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run it in a checkout whose test.sh only says what it is asked."""
+    echo = 'echo "$1 $TOKEN_SSM_PARAMETER $AWS_REGION"'
+    executable(checkout / "test.sh", f"#!/bin/sh\n{echo}\n{str(passes).lower()}\n")
+    script = str(checkout / "deploy.sh")
+    command = (script, REGISTRY, ACCOUNT, "--timeout", "1", "--check", url, *options)
+    return running.execute(*command)
 
 
-@pytest.fixture
-def checked(world: World, checkout: Path) -> Checked:
-    return Checked(world, checkout)
-
-
-@pytest.mark.slow
-@needs_kubectl
-def test_check_asks_the_service(checked: Checked) -> None:
+@slow
+@pytest.mark.parametrize("url", ["alb", "https://mail.example/"])
+def test_check_asks_the_service(running: World, checkout: Path, url: str) -> None:
     for variable in ("TOKEN_SSM_PARAMETER", "AWS_REGION"):
         assert f"${{{variable}:-" in (PROJECT / "test.sh").read_text("utf-8")
-    result = checked.run("--check", "alb")
+    result = run_check(running, checkout, url)
     assert (result.returncode, result.stderr) == (0, ""), result
-    assert f"      http://alb.example {PARAMETER} {REGION}\n" in result.stdout
-    result = checked.run("--check", "https://mail.example/")
-    assert f"      https://mail.example {PARAMETER} {REGION}\n" in result.stdout
-    first = checked.run("--check", "alb", passes=False)
-    assert "The Deployment is the one that was there before" in first.stderr
+    asked = {"alb": "http://alb.example"}.get(url, "https://mail.example")
+    assert f"      {asked} {PARAMETER} {REGION}\n" in result.stdout
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 @pytest.mark.parametrize(
     ("state", "passes", "reason"),
     [
@@ -666,24 +660,19 @@ def test_check_asks_the_service(checked: Checked) -> None:
     ],
 )
 def test_failed_check_undoes_the_deployment(
-    checked: Checked, state: dict[str, Any], passes: bool, reason: str
+    running: World, checkout: Path, state: dict[str, Any], passes: bool, reason: str
 ) -> None:
-    assert checked.run().returncode == 0
-    before = checked.world.objects[DEPLOYMENT]["spec"]
-    checked.world.set(**state)
-    result = checked.run("--check", "alb", "--queue-name", "other", passes=passes)
+    before = running.objects[DEPLOYMENT]["spec"]
+    running.set(**state)
+    result = run_check(running, checkout, "alb", "--queue-name", "other", passes=passes)
     assert result.returncode == 1
     assert reason in result.stdout + result.stderr
-    assert result.stderr.splitlines()[-1] == (
-        "deploy.sh: The check failed, for the reasons above, and the deployment was undone: what "
-        "ran before serves again. Correct it and run this again."
-    )
-    assert checked.world.objects[DEPLOYMENT]["spec"] == before
-    assert checked.world.rights()[-1][0] == "dev-CP-queue,other"
+    assert "The check failed, for the reasons above, and the deployment was undone" in result.stderr
+    assert running.objects[DEPLOYMENT]["spec"] == before
+    assert running.rights()[-1][0] == "dev-CP-queue,other"
 
 
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_white_space_around_a_new_token_is_left_out(world: World) -> None:
     world.set(parameters={})
     result = world.run(API_TOKEN=f" {TOKEN}\r\n")
@@ -780,9 +769,8 @@ def token(world: World, name: str = PARAMETER) -> tuple[str, str]:
     return answer["Type"], answer["Value"]
 
 
-@pytest.mark.slow
-@needs_kubectl
-def test_first_run_makes_everything_and_the_second_nothing(account: World) -> None:
+@slow
+def test_service_is_made_kept_by_a_second_run_then_deleted(account: World) -> None:
     status = git(PROJECT, "status", "--porcelain")
     result = account.execute("bash", "-x", str(DEPLOY), REGISTRY, ACCOUNT, API_TOKEN=TOKEN)
     assert result.returncode == 0, result
@@ -826,9 +814,17 @@ def test_first_run_makes_everything_and_the_second_nothing(account: World) -> No
     assert account.objects == objects
     assert git(PROJECT, "status", "--porcelain") == status
 
+    account.deploy("--delete")
+    deleted = [call["arguments"][4:7] for call in account.calls("kubectl", "delete")]
+    # The controller needs the namespace to remove the load balancer.
+    assert deleted == [
+        ["delete", "ingress", "email-processor-ingress"],
+        ["delete", "namespace", "email-processor"],
+    ]
+    assert stacks(account) == {}
 
-@pytest.mark.slow
-@needs_kubectl
+
+@slow
 def test_environment_is_made_and_deleted_but_for_its_queue(account: World) -> None:
     account.client("ssm").put_parameter(Name=PARAMETER, Value="production's", Type="SecureString")
     key = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1a-2b"
@@ -869,30 +865,7 @@ def test_environment_is_made_and_deleted_but_for_its_queue(account: World) -> No
     assert token(account)[1] == "production's"
 
 
-@pytest.mark.slow
-@needs_kubectl
-def test_delete_takes_the_ingress_before_the_namespace(account: World) -> None:
-    redrive = {"deadLetterTargetArn": f"{QUEUE}dead-letters", "maxReceiveCount": 5}
-    sqs = account.client("sqs")
-    sqs.create_queue(QueueName="dead-letters")
-    sqs.set_queue_attributes(
-        QueueUrl=sqs.get_queue_url(QueueName="dev-CP-queue")["QueueUrl"],
-        Attributes={"RedrivePolicy": json.dumps(redrive)},
-    )
-    account.set(rollout_fails=True)
-    account.fail()
-    assert stacks(account)["email-processor"]["DeadLetterQueueName"] == "dead-letters"
-    account.deploy("--delete")
-    deleted = [call["arguments"][4:7] for call in account.calls("kubectl", "delete")]
-    assert deleted == [
-        ["delete", "ingress", "email-processor-ingress"],
-        ["delete", "namespace", "email-processor"],
-    ]
-    assert account.deploy("--delete").endswith("there is none\nDeleted.\n")
-
-
-@pytest.mark.slow
-@needs_kubectl
+@slow
 def test_deployment_by_hand_is_the_same(account: World, checkout: Path) -> None:
     guide = SETUP.split("## Deploy by hand")[1]
     commands = guide.split("```bash\n")[1].split("```")[0]
