@@ -122,7 +122,7 @@ def test_client_shows_what_is_its_own_fault(
     status, output = end(start(language, code, tmp_path / "client", **variables))
     assert status != 0
     assert '"errors": [{"field": "email_sender", "message": "email_sender is empty"}]' in output
-    assert requests_with(running, "invalid_data") == before + 1
+    eventually(lambda: requests_with(running, "invalid_data") == before + 1)
     assert fake.messages() == []
 
 
