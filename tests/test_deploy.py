@@ -1,11 +1,6 @@
 """deploy.sh: with the real AWS command line against an emulated AWS, and with stand-ins of tools.
 
-<<<<<<< HEAD
-The stand-ins (stand_in.py) record what they were given and answer as AWS, a registry and a cluster.
-kubectl builds the manifests itself.
-=======
 The stand-ins (stand_in.py) record what they are given, and answer as AWS, registry and cluster do.
->>>>>>> deploy
 """
 
 from __future__ import annotations
