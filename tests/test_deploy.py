@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -51,6 +50,12 @@ CERTIFICATE = f"arn:aws:acm:{REGION}:{ACCOUNT}:certificate/1a-2b"
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/email-processor-role"
 DEPLOYMENT = "Deployment/email-processor"
 CONFIG = "ConfigMap/email-processor-config"
+# A shell cannot trap a signal that whoever started the tests ignores.
+NOT_IGNORED = [
+    *(sys.executable, "-ISc"),
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+]
 
 
 @dataclass
@@ -124,7 +129,7 @@ class World:
             **variables,
         }
         return subprocess.Popen(
-            command,
+            [*NOT_IGNORED, *command],
             cwd=cwd,
             env=environment(**given),
             stdin=subprocess.DEVNULL,
@@ -132,8 +137,6 @@ class World:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A shell cannot trap what whoever started the tests has ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def execute(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -236,28 +239,28 @@ def of_kind(manifests: list[dict[str, Any]], kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ([REGISTRY], "ECR_REGISTRY and AWS_ACCOUNT_ID are needed"),
-        ([REGISTRY, ACCOUNT, "more"], "nothing more"),
-        (["http://registry", ACCOUNT], "ECR_REGISTRY 'http://registry' is not a registry's"),
-        ([REGISTRY, "12345"], "AWS_ACCOUNT_ID '12345' is not an account's 12 digits"),
-        ([REGISTRY, ACCOUNT, "--regoin", "x"], "Unknown option '--regoin'"),
-        ([REGISTRY, ACCOUNT, "--region"], "--region needs a value"),
-        ([REGISTRY, ACCOUNT, "--cluster", "--dry-run"], "--cluster needs a value"),
-        ([REGISTRY, ACCOUNT, "--region", "west"], "--region 'west' is not a region"),
-        ([REGISTRY, ACCOUNT, "--token-parameter", "token"], "is not a parameter's name"),
-        ([REGISTRY, ACCOUNT, "--certificate-arn", "x"], "is not the ARN of an ACM certificate"),
-        ([REGISTRY, ACCOUNT, "--timeout", "0"], "--timeout '0' is not a number of seconds"),
-        ([REGISTRY, ACCOUNT, "--check", "lb"], "--check 'lb' is not a URL, or alb"),
-        ([REGISTRY, ACCOUNT, "--queue-name", "a;b"], "--queue-name 'a;b' is not a queue's name"),
-        ([REGISTRY, ACCOUNT, "--queue-name", "a.fifo", "--create-queue"], "standard queues"),
-        ([REGISTRY, ACCOUNT, "--parameter", "RateLimt=300"], "--parameter 'RateLimt=300' is not"),
-        ([REGISTRY, ACCOUNT, "--render", "--delete"], "Only one of"),
+        (REGISTRY, "ECR_REGISTRY and AWS_ACCOUNT_ID are needed"),
+        (f"{REGISTRY} {ACCOUNT} more", "nothing more"),
+        (f"http://registry {ACCOUNT}", "ECR_REGISTRY 'http://registry' is not a registry's"),
+        (f"{REGISTRY} 12345", "AWS_ACCOUNT_ID '12345' is not an account's 12 digits"),
+        ("--regoin x", "Unknown option '--regoin'"),
+        ("--region", "--region needs a value"),
+        ("--cluster --dry-run", "--cluster needs a value"),
+        ("--region west", "--region 'west' is not a region"),
+        ("--token-parameter token", "is not a parameter's name"),
+        ("--certificate-arn x", "is not the ARN of an ACM certificate"),
+        ("--timeout 0", "--timeout '0' is not a number of seconds"),
+        ("--check lb", "--check 'lb' is not a URL, or alb"),
+        ("--queue-name a;b", "--queue-name 'a;b' is not a queue's name"),
+        ("--queue-name a.fifo --create-queue", "standard queues"),
+        ("--parameter RateLimt=300", "--parameter 'RateLimt=300' is not"),
+        ("--render --delete", "Only one of"),
     ],
 )
-def test_wrong_argument_is_one_line_and_status_2(arguments: list[str], problem: str) -> None:
-    result = subprocess.run(
-        [DEPLOY, *arguments], env=environment(), capture_output=True, text=True, timeout=60
-    )
+def test_wrong_argument_is_one_line_and_status_2(arguments: str, problem: str) -> None:
+    always = [REGISTRY, ACCOUNT] if arguments.startswith("-") else []
+    command = [DEPLOY, *always, *arguments.split()]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert_one_line(result, problem, status=2, name="deploy.sh: ")
 
 
@@ -318,42 +321,26 @@ def test_all_problems_are_listed_before_anything_changes(machine: World) -> None
 @pytest.mark.parametrize(
     ("state", "options", "problem"),
     [
-        ({}, ["--region", "eu-west-1"], f"The registry {REGISTRY} is not the one of account"),
-        ({}, ["--cluster", "other"], "There is no cluster other in us-west-1"),
-        ({}, ["--create-queue"], "The queue dev-CP-queue exists already"),
-        ({"clusters": {CLUSTER: "CREATING"}}, [], "in state CREATING: wait until it is ACTIVE"),
-        (
-            {"stack_status": "UPDATE_IN_PROGRESS"},
-            ["--delete"],
-            "until the other deployment has ended",
-        ),
-        ({"stack_status": "ROLLBACK_COMPLETE"}, ["--dry-run"], "deploy.sh --delete"),
-        (
-            {"stack_status": "UPDATE_ROLLBACK_FAILED"},
-            [],
-            "continue-update-rollback --region us-west-1",
-        ),
-        ({"account": "9" * 12}, ["--dry-run"], f"are of account 999999999999, not {ACCOUNT}"),
-        (
-            {"refused_by_aws": "sts get-caller-identity"},
-            [],
-            "AWS does not say whose the credentials",
-        ),
+        ({}, "--region eu-west-1", f"The registry {REGISTRY} is not the one of account"),
+        ({}, "--cluster other", "There is no cluster other in us-west-1"),
+        ({}, "--create-queue", "The queue dev-CP-queue exists already"),
+        ({"clusters": {CLUSTER: "CREATING"}}, "", "in state CREATING: wait until it is ACTIVE"),
+        ({"stack_status": "UPDATE_IN_PROGRESS"}, "--delete", "the other deployment has ended"),
+        ({"stack_status": "ROLLBACK_COMPLETE"}, "--dry-run", "deploy.sh --delete"),
+        ({"stack_status": "UPDATE_ROLLBACK_FAILED"}, "", "continue-update-rollback --region"),
+        ({"account": "9" * 12}, "--dry-run", f"are of account 999999999999, not {ACCOUNT}"),
+        ({"refused_by_aws": "sts get-caller-identity"}, "", "whose the credentials are"),
         # A mistyped name would cut off every client of a service that runs.
-        (
-            {},
-            ["--token-parameter", "/tokne"],
-            "no token parameter /tokne: correct --token-parameter",
-        ),
-        ({"unreadable": "ingressclass/alb"}, [], "does not reach the cluster dev-CP-EKS-CLUSTER"),
-        ({}, ["--check", "alb", "--certificate-arn", CERTIFICATE], "give --check https://DOMAIN"),
+        ({}, "--token-parameter /tokne", "There is no token parameter /tokne: correct"),
+        ({"unreadable": "ingressclass/alb"}, "", f"does not reach the cluster {CLUSTER}"),
+        ({}, f"--check alb --certificate-arn {CERTIFICATE}", "give --check https://DOMAIN"),
     ],
 )
 def test_problem_stops_the_run(
-    machine: World, state: dict[str, Any], options: list[str], problem: str
+    machine: World, state: dict[str, Any], options: str, problem: str
 ) -> None:
     machine.set(**{"stack": {"QueueName": "dev-CP-queue"}, **state})
-    assert problem in machine.fail(*options)
+    assert problem in machine.fail(*options.split())
     assert_nothing_was_changed(machine)
 
 
