@@ -13,6 +13,7 @@ import hashlib
 import hmac
 import json
 import logging
+import logging.config
 import math
 import operator
 import os
@@ -34,6 +35,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.resources import files
+from importlib.util import find_spec
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +67,7 @@ from flask import Flask, Request, Response, g, has_app_context, request
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
+from werkzeug.serving import make_server
 
 SERVICE = "email-processor"
 VERSION = "1.0.0"
@@ -414,13 +417,14 @@ class LogHandler(QueueHandler):
             self._dropped += 1
 
 
-def record_answer(path: str, status: int, **line: Any) -> None:
+def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
     ANSWERS[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
         line = {name: value for name, value in line.items() if value is not None}
+        line["client"] = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
         log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
@@ -1378,84 +1382,77 @@ def docs_file(name: str) -> bytes:
 
 
 class Service(Flask):
-    """Flask, with routes found by path and method alone.
+    """The WSGI application. Its routes are found by path and method alone.
 
     Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
     """
+
+    def __init__(self, settings: Settings, tokens: TokenStore, publisher: Publisher) -> None:
+        super().__init__(__name__, static_folder=None)
+        self.settings, self.tokens, self.publisher = settings, tokens, publisher
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
+        self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
+        self.post("/process")(self.process)
+        self.get("/health")(self.health)
+        self.get("/ready")(self.ready)
+        self.get("/metrics")(self.metrics)
+        self.get("/")(self.index)
+        self.get("/openapi.json")(self.openapi)
+        self.get("/docs")(self.docs)
+        self.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")(self.docs_asset)
+        self.before_request(self.begin)
+        self.after_request(self.finish)
+        self.register_error_handler(Exception, self.refused)
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         if request is None:
             return None
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
-
-def create_app(
-    settings: Settings | None = None,
-    ssm: Any = None,
-    sqs: Any = None,
-    clock: Callable[[], float] = time.monotonic,
-    pause: Callable[[float], None] = time.sleep,
-) -> Flask:
-    """The WSGI application.
-
-    Without settings they are read from the environment (SettingsError); without clients, boto3's
-    are made. No call to AWS is made and no thread started before the first request.
-    """
-    settings = settings or Settings.from_environ(os.environ)
-    credentials = Credentials()
-    ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
-    probe = sqs  # whoever brings a client decides how long its calls take
-    if sqs is None:
-        sqs = AwsClient("sqs", settings.aws_region, credentials)
-        probe = sqs.within(0.75)  # nobody is to wait longer than a second for an SQS that is down
-    tokens = TokenStore(ssm, settings.token_ssm_parameter, settings.token_cache_seconds, clock)
-    publisher = Publisher(
-        sqs,
-        probe,
-        settings.sqs_queue_url,
-        settings.sqs_calls_in_flight,
-        settings.gunicorn_threads,
-        clock,
-        pause,
-    )
-
-    def warm_up() -> None:
+    def warm_up(self) -> None:
         """See the token and the queue, so that a later outage finds every worker knowing both."""
-        tokens.refresh_if_old()
+        self.tokens.refresh_if_old()
         with suppress(Refusal):  # it is logged, and the first request tries again
-            publisher.limit.bytes()
+            self.publisher.limit.bytes()
 
-    app = Service(__name__, static_folder=None)
-    app.extensions["warm_up"] = warm_up  # a worker's first step
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-    app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
+    # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
 
-    def take_message() -> str:
-        """Read, check and publish what the request brings; the MessageId."""
-        body = read_body(settings.max_request_bytes)
-        check_media_type(request)
-        members, text = parse_request(body)
-        token = members.get("token")
-        if token is None or token == "":
-            raise Refusal("token_required")
-        if not isinstance(token, str) or not tokens.accepts(token):
-            raise Refusal("invalid_token")
-        validate_data(members.get("data"))
-        return publisher.publish(
-            Message(
-                body=ascii_json(data_text(text)),
-                request_id=g.line["request_id"],
-                idempotency_key=header_text(request.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
-                trace_header=g.trace_header,
-            )
+    def begin(self) -> None:
+        environ = request.environ
+        g.trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
+        # The request's log line, gathered on the way.
+        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
+        g.line = {"request_id": request_id, "trace_id": trace_id}
+        g.started = time.perf_counter()
+        g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
+        if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
+            raise Refusal("not_found")  # Werkzeug would take //process for /process
+
+    def finish(self, response: Response) -> Response:
+        environ, line = request.environ, g.line
+        if not g.body_read:
+            # Unread bytes would be taken for the next request on this connection.
+            with suppress(Refusal):
+                read_body(0)
+        response.headers["X-Request-Id"] = line["request_id"]
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
+        duration = time.perf_counter() - g.started
+        record_answer(
+            method=environ["REQUEST_METHOD"],
+            path=request.path,
+            # The ALB appends the address that it saw; what is left of it is the caller's word.
+            client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
+            status=response.status_code,
+            duration_ms=round(duration * 1000, 2),
+            **line,
         )
+        return response
 
-    @app.post("/process")
-    def process() -> Response:
+    def process(self) -> Response:
         begin = time.perf_counter()
         REQUESTS_IN_FLIGHT.inc()
         try:
-            message_id = g.line["message_id"] = take_message()
+            message_id = g.line["message_id"] = self.take_message()
         finally:
             REQUESTS_IN_FLIGHT.dec()
             REQUEST_DURATION.observe(time.perf_counter() - begin)
@@ -1467,56 +1464,70 @@ def create_app(
             }
         )
 
-    @app.get("/health")
-    def health() -> Response:
+    def take_message(self) -> str:
+        """Read, check and publish what the request brings; the MessageId."""
+        body = read_body(self.settings.max_request_bytes)
+        check_media_type(request)
+        members, text = parse_request(body)
+        token = members.get("token")
+        if token is None or token == "":
+            raise Refusal("token_required")
+        if not isinstance(token, str) or not self.tokens.accepts(token):
+            raise Refusal("invalid_token")
+        validate_data(members.get("data"))
+        return self.publisher.publish(
+            Message(
+                body=ascii_json(data_text(text)),
+                request_id=g.line["request_id"],
+                idempotency_key=header_text(request.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
+                trace_header=g.trace_header,
+            )
+        )
+
+    def health(self) -> Response:
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
 
-    @app.get("/ready")
-    def ready() -> Response:
-        if not tokens.ready:
-            tokens.refresh_if_old()
+    def ready(self) -> Response:
+        if not self.tokens.ready:
+            self.tokens.refresh_if_old()
         missing = {}
-        if not tokens.ready:
-            reason = tokens.problem or "SSM has no parameter of the configured name"
+        if not self.tokens.ready:
+            reason = self.tokens.problem or "SSM has no parameter of the configured name"
             missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
         try:
-            publisher.limit.bytes()
+            self.publisher.limit.bytes()
         except Refusal:
-            missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.limit.problem}"
+            missing["queue_unavailable"] = (
+                f"The queue was not seen yet: {self.publisher.limit.problem}"
+            )
         if missing:
             raise Refusal(next(iter(missing)), "; ".join(missing.values()))
         return json_response({"status": "ready", "service": SERVICE})
 
-    @app.get("/metrics")
-    def metrics() -> Response:
+    def metrics(self) -> Response:
         return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.get("/")
-    def index() -> Response:
+    def index(self) -> Response:
         endpoints = sorted(
             f"{method} {rule.rule}"
-            for rule in app.url_map.iter_rules()
+            for rule in self.url_map.iter_rules()
             if not rule.arguments
             for method in (rule.methods or set()) - {"HEAD"}
         )
         return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
 
-    @app.get("/openapi.json")
-    def openapi() -> Response:
+    def openapi(self) -> Response:
         return Response(openapi_document(), mimetype="application/json")
 
-    @app.get("/docs")
-    def docs() -> Response:
+    def docs(self) -> Response:
         return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
 
-    @app.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")
-    def docs_asset(asset: str) -> Response:
+    def docs_asset(self, asset: str) -> Response:
         kind = "text/css" if asset.endswith(".css") else "text/javascript"
         return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
-    @app.errorhandler(Exception)
-    def refused(error: Exception) -> Response:
+    def refused(self, error: Exception) -> Response:
         headers = {}
         if isinstance(error, Refusal):
             refusal = error
@@ -1539,42 +1550,38 @@ def create_app(
         response.headers.update(headers)
         return response
 
-    # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
 
-    @app.before_request
-    def begin() -> None:
-        environ = request.environ
-        g.trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
-        # The request's log line, gathered on the way.
-        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
-        g.line = {"request_id": request_id, "trace_id": trace_id}
-        g.started = time.perf_counter()
-        g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
-        if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
-            raise Refusal("not_found")  # Werkzeug would take //process for /process
+def create_app(
+    settings: Settings | None = None,
+    ssm: Any = None,
+    sqs: Any = None,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> Service:
+    """The WSGI application.
 
-    @app.after_request
-    def finish(response: Response) -> Response:
-        environ, line = request.environ, g.line
-        if not g.body_read:
-            # Unread bytes would be taken for the next request on this connection.
-            with suppress(Refusal):
-                read_body(0)
-        response.headers["X-Request-Id"] = line["request_id"]
-        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
-        duration = time.perf_counter() - g.started
-        record_answer(
-            method=environ["REQUEST_METHOD"],
-            path=request.path,
-            # The ALB appends the address that it saw; what is left of it is the caller's word.
-            client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
-            status=response.status_code,
-            duration_ms=round(duration * 1000, 2),
-            **line,
-        )
-        return response
-
-    return app
+    Without settings they are read from the environment (SettingsError). Tests bring clients: those
+    of boto3, or anything with their methods. No call to AWS is made and no thread started before
+    the first request.
+    """
+    settings = settings or Settings.from_environ(os.environ)
+    credentials = Credentials()
+    ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
+    probe = sqs  # whoever brings a client decides how long its calls take
+    if sqs is None:
+        sqs = AwsClient("sqs", settings.aws_region, credentials)
+        probe = sqs.within(0.75)  # nobody is to wait longer than a second for an SQS that is down
+    tokens = TokenStore(ssm, settings.token_ssm_parameter, settings.token_cache_seconds, clock)
+    publisher = Publisher(
+        sqs,
+        probe,
+        settings.sqs_queue_url,
+        settings.sqs_calls_in_flight,
+        settings.gunicorn_threads,
+        clock,
+        pause,
+    )
+    return Service(settings, tokens, publisher)
 
 
 # --- Local server ---------------------------------------------------------------------------------
@@ -1608,7 +1615,6 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
             del os.environ[name]
     os.environ.update(aws)
-    # The emulator's first answers take seconds on a busy machine; so a try may come twice.
     session = boto3.Session(region_name=settings.aws_region)
     session.client("ssm").put_parameter(
         Name=settings.token_ssm_parameter[0],
@@ -1646,8 +1652,28 @@ Stop it with Ctrl-C.
 """
 
 
+def listen(port: int) -> socket.socket:
+    """A socket for IPv4 and IPv6, where the machine has both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def serve_without_gunicorn(settings: Settings) -> None:
+    logging.config.dictConfig(logging_config(settings.log_level))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request once more
+    with listen(settings.port) as sock:
+        host, app = sock.getsockname()[0], create_app(settings)
+        server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
 def main() -> None:
-    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset."""
+    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset.
+
+    Gunicorn needs POSIX. Elsewhere Flask's own server takes its place.
+    """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
     try:
         settings = Settings.from_environ(
@@ -1655,20 +1681,25 @@ def main() -> None:
         )
     except SettingsError as error:
         sys.exit(str(error))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", settings.port))
-        except OSError as error:
-            sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
-    if not embedded:
+    try:
+        listen(settings.port).close()
+    except OSError as error:
+        sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
+    posix = find_spec("fcntl") is not None
+    if posix and not embedded:
         os.chdir(PROJECT)
         os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
-    try:
-        os.environ.update(start_embedded_aws(settings))
-    except ImportError:
-        sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
-    settings = Settings.from_environ(os.environ)
+    if embedded:
+        try:
+            os.environ.update(start_embedded_aws(settings))
+        except ImportError:
+            sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
+        settings = Settings.from_environ(os.environ)
+    if not posix:
+        if embedded:
+            print(explain_embedded_aws(settings), flush=True)
+        serve_without_gunicorn(settings)
+        return
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -46,33 +46,22 @@ HELP
 
 # --- Helpers ----------------------------------------------------------------------------------------
 
-die() {
-  echo "deploy.sh: $1" >&2
-  exit "${2:-1}"
-}
+die() { echo "deploy.sh: $1" >&2; exit "${2:-1}"; }
+say() { printf '      %s\n' "$1"; }
+problem() { problems+=("$1"); }
+kube() { kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"; }
+# Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
+sqs() { aws sqs ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"} "$@"; }
+# The last line that a tool complained with; run it with 2>"$work/error" before.
+complaint() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
+# Runs a command, or ends the run with this text and the command's complaint.
+must() { "${@:2}" 2>"$work/error" || die "$1 ($(complaint)). Run this again."; }
+# Says what it is given line by line; sed would keep it until there is much of it.
+indent() { while IFS= read -r line; do say "$line"; done; }
 
 step() {
   number=$((number + 1))
   printf '[%d/%d] %d:%02d %s\n' "$number" "$steps" $((SECONDS / 60)) $((SECONDS % 60)) "$1"
-}
-
-say() {
-  printf '      %s\n' "$1"
-}
-
-# Line by line: sed would keep what it is given until there is much of it.
-indent() {
-  local line
-  while IFS= read -r line; do say "$line"; done
-}
-
-problem() {
-  problems+=("$1")
-}
-
-# The last line that a tool complained with; run it with 2>"$work/error" before.
-complaint() {
-  grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true
 }
 
 # Sets answer to what a command prints, or notes a problem: this text, and the command's complaint.
@@ -81,11 +70,6 @@ ask() {
     problem "$1 ($(complaint))."
     return 1
   }
-}
-
-# Runs a command, or ends the run with this text and the command's complaint.
-must() {
-  "${@:2}" 2>"$work/error" || die "$1 ($(complaint)). Run this again."
 }
 
 # Runs a tool that has much to say; its last lines are shown only when it fails.
@@ -104,15 +88,6 @@ wait_until() {
   done
 }
 
-# Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
-sqs() {
-  aws sqs ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"} "$@"
-}
-
-kube() {
-  kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"
-}
-
 # A value of the stack, or of what runs in the cluster. Emulators of AWS print a list in brackets.
 value_of() {
   awk -F '\t' -v key="$1" '$1 == key { gsub(/[]\[ \047]/, "", $2); print $2 }' <<<"$stack_values"$'\n'"$running"
@@ -124,17 +99,14 @@ read_arguments() {
   local arguments=() option
   while [ $# -gt 0 ]; do
     case $1 in
-      -h | --help)
-        usage
-        exit
-        ;;
+      -h | --help) usage; exit ;;
       --dry-run | --render | --delete)
         [ "$mode" = deploy ] || die "Only one of --dry-run, --render and --delete can be done at once; see --help." 2
         mode=${1#--}
         ;;
       --create-queue) create_queue=true ;;
-      --region | --environment | --cluster | --context | --queue-name | --certificate-arn | --token-parameter | \
-        --parameter | --platform | --timeout | --check)
+      --region | --environment | --cluster | --context | --queue-name | --certificate-arn | \
+        --token-parameter | --parameter | --platform | --timeout | --check)
         [[ ${2-} == [!-]* ]] || die "$1 needs a value; see --help." 2
         option=${1#--}
         printf -v "${option//-/_}" %s "$2"
@@ -220,19 +192,17 @@ read_stack() {
 }
 
 check_stack() {
-  local advice
+  local state="The stack $stack is in state $stack_status"
   case $mode:$stack_status in
-    *_IN_PROGRESS) advice="wait until the other deployment has ended, and run this again" ;;
-    delete:*) return ;;
+    *_IN_PROGRESS) problem "$state: wait until the other deployment has ended, and run this again." ;;
+    delete:*) ;;
     *:ROLLBACK_COMPLETE | *:ROLLBACK_FAILED | *:DELETE_FAILED)
-      advice="see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again"
+      problem "$state: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
       ;;
     *:UPDATE_ROLLBACK_FAILED)
-      advice="see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again"
+      problem "$state: see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
       ;;
-    *) return ;;
   esac
-  problem "The stack $stack is in state $stack_status: $advice."
 }
 
 check_cluster() {
@@ -556,9 +526,7 @@ apply_manifests() {
 
 # It ends when for progressDeadlineSeconds nothing has gone on. A limit to the whole would undo the
 # healthy roll-out of many pods.
-rollout() {
-  kube rollout status "deployment/$name" 2>&1 | indent
-}
+rollout() { kube rollout status "deployment/$name" 2>&1 | indent; }
 
 # The autoscaler's events would crowd out those of the pods.
 show_reasons() {
@@ -571,10 +539,11 @@ show_reasons() {
   kube logs "$newest" --all-containers --tail 20 --previous
 }
 
-# Puts an object back as it was read, whole: kubectl rollout undo knows the pods' template alone.
+# Puts an object back as it was read, whole: kubectl rollout undo knows the pods' template alone. --raw,
+# because else kubectl would note all of it as applied, and the next apply take the number of pods away.
 put_back() {
-  [ ! -s "$work/$1" ] || kube patch --local -f "$work/$1" --type merge --patch "$2" --output json 2>/dev/null |
-    quietly kube replace -f -
+  [ ! -s "$work/$1" ] || kube patch --local -f "$work/$1" --type merge --patch "$3" --output json 2>/dev/null |
+    quietly kube replace --raw "$2" -f -
 }
 
 # Ends the run, after going back to what ran before if anything was applied.
@@ -586,12 +555,13 @@ stop() {
     die "$failed. It is the first deployment, so there is nothing to go back to. $again" "$status"
   [[ $state_before == *" NewReplicaSetAvailable" ]] ||
     die "$failed. What was deployed before had not rolled out either, so there is nothing to go back to. $again" "$status"
-  put_back configmap '{"metadata": {"resourceVersion": null}}' || true
+  put_back configmap "/api/v1/namespaces/$name/configmaps/$name-config" '{"metadata": {"resourceVersion": null}}' || true
   [[ $(deployment_state) != "${state_before% *} "* ]] ||
     die "$failed. The Deployment is the one that was there before. $again" "$status"
   # The autoscaler may have changed their number since.
   if ! { replicas=$(kube get "deployment/$name" --output 'jsonpath={.spec.replicas}') &&
-    put_back deployment "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
+    put_back deployment "/apis/apps/v1/namespaces/$name/deployments/$name" \
+      "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
     trap - INT TERM HUP && rollout; }; then
     die "$failed, and so did going back to what ran before. See kubectl --namespace $name describe deployment $name." "$status"
   fi

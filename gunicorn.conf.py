@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import selectors
 import shutil
@@ -15,19 +16,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from select import POLLIN, poll
 from typing import Any
 
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.sock import close_sockets, create_sockets
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 # The root file system is read-only, and a write to a disk can block.
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
@@ -65,7 +66,7 @@ files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 wsgi_app = "app:create_app()"
 # The address of IPv6 takes IPv4 too.
-bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"  # noqa: S104
+bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
 # Each worker listens for itself, and the kernel spreads connections evenly; that of Linux does. A
@@ -96,30 +97,66 @@ forwarded_allow_ips = ""
 # --- Worker ---------------------------------------------------------------------------------------
 
 body_timeout = settings.body_timeout_seconds
+# A whole head, or a first line that is no request's.
+can_be_read = re.compile(
+    rb"[\r\n]*+(.*?\n\r?\n|(?![A-Z]+ \S+ HTTP/1\.[01]\r\n)[^\n]*\n)", re.DOTALL
+).match
 
 
 class ClientSocket(socket.socket):
-    """A client's connection. A request must arrive by the deadline, however it trickles, and an
-    answer be taken within twice BODY_TIMEOUT_SECONDS: a time-out of the socket alone would start
-    again with each byte, and Gunicorn's `timeout` does not watch threads.
-    """
+    """A client's connection. All that a thread waits for is a body, and that until the deadline."""
 
-    deadline = 0.0  # of the request, by time.monotonic()
+    received = b""  # of the next request
+    unsent: tuple[memoryview, ...] = ()  # of the last answer
+    deadline = 0.0  # of the request
     ended = late = False  # nothing more comes; because of the deadline
 
-    def recv(self, *arguments: int) -> bytes:
-        self.settimeout(max(self.deadline - time.monotonic(), 0.001))
-        data = b""  # when it is late, as if the client had gone
-        try:
-            data = super().recv(*arguments)
-        except TimeoutError:
-            self.late = True
-        self.ended = not data
+    def setblocking(self, flag: bool) -> None:
+        """Gunicorn sets this and the next again and again. The connection never blocks."""
+
+    def settimeout(self, seconds: float | None) -> None:
+        pass
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if self.received:
+            data, self.received = self.received[:size], self.received[size:]
+            return data
+        while (left := self.deadline - time.monotonic()) > 0:
+            try:
+                data = super().recv(size)
+            except BlockingIOError:
+                readable = poll()
+                readable.register(self, POLLIN)
+                readable.poll(left * 1000)
+            else:
+                self.ended = not data
+                return data
+        self.ended = self.late = True
+        return b""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        sent = 0
+        if not self.unsent:
+            with suppress(BlockingIOError):
+                sent = super().send(data)
+        if sent < len(data):
+            self.unsent = (*self.unsent, memoryview(data)[sent:])
+        return len(data)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        self.send(data)
+
+    def receive(self) -> bytes:
+        data = super().recv(16_384)
+        if not data:
+            raise ConnectionResetError
         return data
 
-    def sendall(self, *arguments: Any) -> None:
-        self.settimeout(2 * body_timeout)  # for all of it
-        super().sendall(*arguments)
+    def send_rest(self) -> bool:
+        rest, self.unsent = self.unsent, ()
+        for part in rest:
+            self.send(part)
+        return not self.unsent
 
 
 class ClientRequest(Request):  # type: ignore[misc]
@@ -132,104 +169,119 @@ class ClientParser(RequestParser):  # type: ignore[misc]
     mesg_class = ClientRequest
 
 
-class Connection(TConn):  # type: ignore[misc]
-    linger: Callable[[], None]
-
-    def close(self, graceful: bool = False) -> None:
-        """Gunicorn would wait here, in the worker's main loop, until the client closes, too."""
-        if graceful:
-            self.linger()
-        else:
-            super().close()
-
-
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """Gunicorn's threaded worker, which no client can hold up.
+    """Gunicorn's threaded worker, whose threads get requests when their heads are here.
 
-    Its poller waits for the first byte of a connection and, after the last answer, for the client
-    to close: Gunicorn would keep a thread waiting for the one, and the main loop for the other.
+    Its main loop awaits heads, clients that are slow to take an answer, and clients that do not
+    close. Gunicorn's threads would wait for the first two, and for each of the last its main loop,
+    for up to two seconds in which nothing else goes on.
     """
-
-    LINGER_SECONDS = 2.0
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.lingering: deque[Connection] = deque()  # counted in nr_conns, the oldest first
+        self.waiting: dict[TConn, None] = {}  # until conn.timeout; the oldest first
+        self.looked = 0.0
+
+    def wait(self, conn: TConn, event: int, step: Callable[[TConn], None]) -> None:
+        self.waiting[conn] = None
+        self.poller.register(conn.sock, event, lambda _: self.go_on(conn, step))
+
+    def go_on(self, conn: TConn, step: Callable[[TConn], None]) -> None:
+        if conn in self.waiting:
+            del self.waiting[conn]
+            self.poller.unregister(conn.sock)
+        try:
+            step(conn)
+        except OSError:  # the client has gone
+            self.close(conn)
+
+    def close(self, conn: TConn) -> None:
+        self.nr_conns -= 1
+        conn.close()
 
     def accept(self, listener: Any) -> bool:
         try:
             sock, address = listener.accept()
-        except OSError:  # the client has gone again, or there is no file for it
+        except OSError:  # nobody is there any more, or there is no room
             return False
         client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
-        conn = Connection(self.cfg, client, address, listener.getsockname())
-        conn.parser = ClientParser(self.cfg, client, address)
-        conn.linger = partial(self.linger, conn)
-        conn.set_timeout()
+        socket.socket.setblocking(client, False)
+        # Else a client that takes nothing would have a whole answer in the kernel's memory.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        conn = TConn(self.cfg, client, address, listener.getsockname())
+        conn.parser, conn.data_ready = ClientParser(self.cfg, client, address), True
         self.nr_conns += 1
-        self.pending_conns.append(conn)
-        step = partial(self.on_pending_socket_readable, conn)
-        self.poller.register(client, selectors.EVENT_READ, step)
+        self.await_head(conn)
         return True
 
-    def enqueue_req(self, conn: Connection) -> None:
-        conn.sock.deadline = time.monotonic() + body_timeout
-        super().enqueue_req(conn)
+    def await_head(self, conn: TConn) -> None:
+        sock = conn.sock
+        if len(sock.received) > 16_384 or can_be_read(sock.received):
+            self.enqueue_req(conn)
+            return
+        if sock.received:
+            conn.timeout = sock.deadline
+        else:
+            conn.timeout = time.monotonic() + (keepalive if self.alive else STOP_KEEPALIVE_LINGER)
+        self.wait(conn, selectors.EVENT_READ, self.read_head)
 
-    def handle(self, conn: Connection) -> Any:
+    def read_head(self, conn: TConn) -> None:
+        if not conn.sock.received:
+            conn.sock.deadline = time.monotonic() + body_timeout
+        conn.sock.received += conn.sock.receive()
+        self.await_head(conn)
+
+    def handle(self, conn: TConn) -> Any:
         # The wait for a thread counts, else slow bodies in a row would hold the threads for one
         # deadline after the other. By then most of an honest one is here.
         conn.sock.deadline = max(conn.sock.deadline, time.monotonic() + body_timeout / 20)
         return super().handle(conn)
 
-    def linger(self, conn: Connection) -> None:
-        """Say that no more comes, and take what the client still sends: unread, it would reset the
-        connection before the client has read its answer.
-        """
-        try:
-            conn.sock.setblocking(False)
-            conn.sock.shutdown(socket.SHUT_WR)
-        except OSError:  # the client has gone
-            conn.close()
-            return
-        self.nr_conns += 1
-        conn.timeout = time.monotonic() + self.LINGER_SECONDS
-        self.lingering.append(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.drain, conn))
+    def finish_request(self, conn: TConn, fs: Any) -> None:
+        conn.timeout = time.monotonic() + 2 * body_timeout
+        self.go_on(conn, partial(self.finish_answer, fs))
 
-    def drain(self, conn: Connection, sock: ClientSocket) -> None:
-        with suppress(BlockingIOError):
-            try:
-                if socket.socket.recv(sock, 65_536):
-                    return
-            except ConnectionError:
-                pass
-            self.drop(self.lingering, conn)
+    def finish_answer(self, fs: Any, conn: TConn) -> None:
+        sock = conn.sock
+        if not sock.send_rest():
+            self.wait(conn, selectors.EVENT_WRITE, partial(self.finish_answer, fs))
+        elif fs.exception() or not fs.result():
+            sock.shutdown(socket.SHUT_WR)
+            conn.timeout = time.monotonic() + 2
+            self.wait(conn, selectors.EVENT_READ, self.linger)
+        else:
+            sock.received = conn.parser.unreader.take_buffered() + sock.received
+            sock.deadline = time.monotonic() + body_timeout
+            self.await_head(conn)
 
-    def drop(self, conns: deque[Connection], conn: Connection) -> None:
-        conns.remove(conn)
-        self.poller.unregister(conn.sock)
-        self.nr_conns -= 1
-        conn.close()
+    def linger(self, conn: TConn) -> None:
+        """Read what still comes: unread, it would reset the connection under the answer."""
+        conn.sock.receive()
+        self.wait(conn, selectors.EVENT_READ, self.linger)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        super().wait_for_and_dispatch_events(0.1 if self.waiting else timeout)
 
     def murder_pending(self) -> None:
-        """Close what is overdue, and the oldest idle connections where there are too many."""
-        super().murder_pending()
-        while self.lingering and self.lingering[0].timeout <= time.monotonic():
-            self.drop(self.lingering, self.lingering[0])
-        for conns in (self.lingering, self.pending_conns, self.keepalived_conns):
-            while conns and self.nr_conns >= self.worker_connections:
-                self.drop(conns, conns[0])
+        """Close what is overdue, and the oldest where there are too many."""
+        now = time.monotonic()
+        if now > self.looked + 0.1:
+            self.looked = now
+            for conn in [conn for conn in self.waiting if conn.timeout <= now]:
+                self.go_on(conn, self.close)
+        while self.nr_conns >= self.worker_connections and self.waiting:
+            self.go_on(next(iter(self.waiting)), self.close)
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """When the worker stops: what has come to its own listening socket, nobody else takes."""
+        """When the worker stops."""
+        # Nobody else takes what has come to this socket, and what is still to come goes elsewhere.
         for listener in self.sockets:
             while self.accept(listener):
                 pass
             listener.close()
-        super()._cap_keepalive(deadline)
-        for conn in self.pending_conns:
-            conn.timeout = min(conn.timeout, deadline)
+        for conn in self.waiting:
+            if not conn.sock.received and not conn.sock.unsent:
+                conn.timeout = min(conn.timeout, deadline)
 
     def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: Exception) -> None:
         """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
@@ -252,8 +304,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             "Connection: close\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\n\r\n"
         )
-        with suppress(OSError):  # the client may have gone
-            client.sendall(head.encode() + body)
+        client.sendall(head.encode() + body)
         app.record_answer(
             method=getattr(req, "method", ""),
             path=getattr(req, "path", ""),
@@ -297,13 +348,13 @@ def post_fork(server: Any, worker: Any) -> None:
     stdout.start()  # type: ignore[attr-defined]
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
     # Python runs one thread of a process at a time. Threads that pass their turn from core to core
-    # cost a worker of 64 threads 40 % more CPU than on one core. Several workers need all cores.
+    # cost a worker of 64 threads 14 % more CPU in a pod with half a core. Several need all cores.
     if workers == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})  # noqa: S311
 
 
 def post_worker_init(worker: Any) -> None:
-    threading.Thread(target=worker.wsgi.extensions["warm_up"], daemon=True).start()
+    threading.Thread(target=worker.wsgi.warm_up, daemon=True).start()
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,12 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def has_booted(worker: int) -> bool:
+    """Whether it heeds signals by itself: a fork has its master's handlers at first."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{worker}/status").read_text(), re.M)
+    return bool(caught) and not int(caught[1], 16) >> (signal.SIGHUP - 1) & 1
+
+
 def metrics_folder(pid: int) -> Path:
     """Where a process keeps the files of its metrics: it has them in its memory."""
     (folder,) = set(
@@ -223,6 +230,7 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
+    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -230,7 +238,7 @@ class Service:
         self.temporary.mkdir()
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                gunicorn(),
+                [*self.wrapper, *gunicorn()],
                 cwd=PROJECT,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
@@ -262,7 +270,10 @@ class Service:
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.errors()
         # All, as the connections of a load stay with the workers that are there when it begins.
-        if len(self.workers()) < int(self.variables.get("GUNICORN_WORKERS", "4")):
+        workers = self.workers()
+        if len(workers) < int(self.variables.get("GUNICORN_WORKERS", "4")):
+            return False
+        if not all(map(has_booted, workers)):
             return False
         try:
             return self.get("/health").status == 200
@@ -416,6 +427,8 @@ def kill(pid: int) -> None:
 @pytest.fixture(scope="session")
 def start_service(aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> StartService:
     """Make a service that is not started yet: use it in a `with`."""
+    if find_spec("fcntl") is None:
+        pytest.skip("Gunicorn needs POSIX")
 
     def make(**variables: str) -> Service:
         folder = tmp_path_factory.mktemp("service") / "tmp"

@@ -77,7 +77,7 @@ def aws(state: dict[str, Any], arguments: list[str], text: str) -> str:
             if given["--queue-name"] not in state["queues"]:
                 sys.exit("An error occurred (AWS.SimpleQueueService.NonExistentQueue)")
         case "sqs", "get-queue-attributes":
-            return "None\n"
+            return str(state["redrive"])
         case "acm", _:
             return str(state["certificate"])
         case "ecr", "describe-images":
@@ -137,8 +137,10 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
                 save(state)
                 sys.exit(f"Error from server (Invalid): {state['refused']} is invalid")
             return "".join(done)
-        case ["replace", "-f", "-"]:
+        case ["replace", "--raw", path, "-f", "-"]:
             manifest = json.loads(text)
+            name = manifest["metadata"]["name"]
+            assert path.endswith(f"/email-processor/{manifest['kind'].lower()}s/{name}"), path
             assert "resourceVersion" not in manifest["metadata"], "it has changed since"
             store(state, manifest)
         case ["scale", _, "--replicas", number]:
@@ -149,6 +151,8 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             return roll_out(state)
         case ["delete", *_]:
             objects.clear()
+        case _:
+            sys.exit(f"unknown command {arguments}")
     return ""
 
 

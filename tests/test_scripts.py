@@ -19,7 +19,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, TOKEN, WAIT, children, eventually, free_port, metrics_folder
+from conftest import (
+    PROJECT,
+    TOKEN,
+    WAIT,
+    children,
+    eventually,
+    free_port,
+    has_booted,
+    metrics_folder,
+)
 
 HOSTILE_TOKEN = 'quote" back\\slash tab\t line\nend \x01\x7f & $(id) %s {x} é \N{GRINNING FACE}'
 
@@ -102,7 +111,9 @@ class LocalServer:
     def serves(self) -> bool:
         assert self.process.poll() is None, self.output
         with suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
-            return "Stop it with" in self.output
+            _, _, *workers = self.processes()
+            has_all = len(workers) == 2 and all(map(has_booted, workers))
+            return has_all and "Stop it with" in self.output
         return False
 
     def processes(self) -> list[int]:
@@ -491,6 +502,7 @@ RUNTIME, DEVELOPMENT = (
 def pins(file: str) -> dict[str, str]:
     """Package -> its pin and hashes."""
     text = re.sub(r" *#.*\n", "", (PROJECT / file).read_text("utf-8"))
+    text = re.sub(r"^([\w.-]+)\[[\w, ]+\]", r"\1", text, flags=re.MULTILINE)  # extras
     entries = text.replace("\\\n", " ").splitlines()
     return {entry.split("==")[0]: entry for entry in entries}
 

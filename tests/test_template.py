@@ -18,7 +18,11 @@ import app
 
 TEMPLATE = (app.PROJECT / "infra" / "email-processor.yaml").read_text("utf-8")
 ISSUER = "oidc.example/id/1"
-REQUIRED = {"OidcProvider": ISSUER, "TokenParameterArns": "arn:aws:ssm:us-west-1:1:parameter/token"}
+REQUIRED = {
+    "OidcProvider": ISSUER,
+    "QueueArns": "arn:aws:sqs:us-west-1:1:queue",
+    "TokenParameterArns": "arn:aws:ssm:us-west-1:1:parameter/token",
+}
 accounts = map("{:012}".format, itertools.count(1))  # one a stack, so that none meets another
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse")  # moto does not make every type
 
@@ -83,15 +87,17 @@ def test_only_the_service_account_may_take_the_role() -> None:
     ]
 
 
-def test_role_may_use_its_tokens_and_its_queue_alone() -> None:
+def test_role_may_use_its_tokens_and_queues_alone() -> None:
     tokens = [token_arn("/old"), token_arn("/new")]
-    assert statements(TokenParameterArns=",".join(tokens), QueueName="mail.fifo") == [
+    queues = [f"arn:aws:sqs:us-west-1:123456789012:{name}" for name in ("old", "new.fifo")]
+    both = {"TokenParameterArns": ",".join(tokens), "QueueArns": ",".join(queues)}
+    assert statements(**both) == [
         {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameter*", "Resource": tokens},
         {
             "Sid": "SendMessages",
             "Effect": "Allow",
             "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-            "Resource": "arn:aws:sqs:us-west-1:ACCOUNT_ID:mail.fifo",
+            "Resource": queues,
         },
     ]
 
@@ -150,7 +156,7 @@ def test_deploy_sh_names_parameters_and_outputs_that_exist() -> None:
     script = (app.PROJECT / "deploy.sh").read_text("utf-8")
     parameters = TEMPLATE.split("\nParameters:\n")[1].split("\nConditions:\n")[0]
     known = {*re.findall(r"^  (\w+):$", parameters, re.MULTILINE), *stack()["Outputs"]}
-    read = set(re.findall(r"\$\(value_of (\w+)\)", script))
+    read = set(re.findall(r"\bvalue_of ([A-Z]\w+)", script))
     given = set(re.findall(r'"([A-Z][a-z]+[A-Z]\w+)=', script))
     assert read
     assert given
@@ -163,6 +169,7 @@ def test_deploy_sh_names_parameters_and_outputs_that_exist() -> None:
         ("OidcProvider", ISSUER, f"https://{ISSUER}"),
         ("QueueName", "mail.fifo", "*"),
         ("EnvironmentName", "test", "Prod_1"),
+        ("QueueArns", "arn:aws:sqs:us-west-1:123456789012:queue", "arn:aws:sqs:*:*:*"),
         ("TokenParameterArns", token_arn("/email-service/api-token"), token_arn("/*")),
         ("TokenKeyArn", "arn:aws:kms:us-west-1:123456789012:key/1a-2b", "*"),
         ("AlarmEmail", "on-call@example.com", "on-call"),
