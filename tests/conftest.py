@@ -376,7 +376,7 @@ def fake(fake_process: FakeAws) -> FakeAws:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the bad days in their long form")
+    parser.addoption("--full", action="store_true", help="run the failure modes in their long form")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_tex
 
 
 def page(name: str) -> str:
-    """The text of a page, wherever it is: RUNBOOK.md or docs/runbook.md."""
+    """The text of a page: README.md, SETUP.md or docs/NAME.md."""
     return PAGES[name]
 
 
