@@ -168,15 +168,6 @@ def test_reliability_page_lists_every_tested_failure() -> None:
     assert named == set(re.findall(r"^def (test_\w+)", tests, re.M))
 
 
-def test_production_checklist_names_files_that_exist() -> None:
-    rows = table("Production checklist")
-    assert len(rows) == 12
-    for item, where in rows:
-        files = re.findall(r"[\w./-]+\.(?:yaml|yml|json|md|sh)\b", where)
-        assert files, item
-        assert all((app.PROJECT / name).exists() for name in files), item
-
-
 def anchors(text: str) -> set[str]:
     return {
         re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
