@@ -127,7 +127,7 @@ def test_every_error_that_aws_documents_leads_to_a_row() -> None:
         ({"kind": "error", "status": 400, "code": "RequestThrottled"}, "Throttl"),
         ({"kind": "error", "status": 500, "code": "InternalFailure"}, "Internal"),
         ({"kind": "reset"}, "Connection was closed"),
-        pytest.param({"kind": "hang"}, "imeout", marks=pytest.mark.slow),
+        pytest.param({"kind": "hang"}, "timeout", marks=pytest.mark.slow),
         ({"kind": "garbage"}, "JSONDecodeError"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
         ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "Could not resolve"),
