@@ -1551,3 +1551,56 @@ def test_local_server_listens_on_the_families_that_there_are(
         assert sock.family == (socket.AF_INET6 if both else socket.AF_INET)
         with socket.create_connection(("127.0.0.1", sock.getsockname()[1]), 15):
             pass
+
+
+# --- Local server ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = int(sock.getsockname()[1])
+    monkeypatch.setenv("PORT", str(port))
+    monkeypatch.setenv("SQS_QUEUE_URL", QUEUE_URL)
+    return port
+
+
+def test_busy_port_stops_the_local_server(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
+    with socket.create_server(("", free_port)), pytest.raises(SystemExit, match=f"{free_port}: "):
+        app.main()
+    monkeypatch.setenv("PORT", "x")
+    with pytest.raises(SystemExit, match="PORT must be"):
+        app.main()
+
+
+@pytest.mark.usefixtures("free_port")
+def test_embedded_aws_without_moto_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SQS_QUEUE_URL")
+    monkeypatch.setitem(sys.modules, "moto.server", None)
+    with pytest.raises(SystemExit, match=r"needs requirements-dev\.txt"):
+        app.main()
+
+
+@pytest.mark.usefixtures("free_port")
+def test_gunicorn_serves_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(os, "execv", run)
+    monkeypatch.setattr(os, "chdir", Mock())
+    monkeypatch.setattr(app, "find_spec", lambda _: True)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert run.call_args.args[1][1:] == ["-m", "gunicorn"]
+
+
+def test_flask_serves_where_gunicorn_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, log_at: LogAt, free_port: int
+) -> None:
+    log_at("INFO")  # puts the process's logging back afterwards
+    server = Mock()
+    server.return_value.serve_forever.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(app, "find_spec", lambda _: None)
+    monkeypatch.setattr(app, "make_server", server)
+    app.main()
+    _, port, application = server.call_args.args
+    assert port == free_port
+    assert application.test_client().get("/health").status_code == 200
