@@ -334,6 +334,19 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
+    murder, looked, spared = server.murder_workers, [time.monotonic()], [0.0]
+
+    def murder_workers() -> None:
+        # Called every second. After a pause the master slept as well, as in a frozen container or a
+        # node's live migration: the workers get time to be heard of again.
+        now = time.monotonic()
+        if now - looked[0] > 5:
+            spared[0] = now + server.cfg.timeout
+        looked[0] = now
+        if now >= spared[0]:
+            murder()
+
+    server.murder_workers = murder_workers
     # What is loaded stays. Were the workers' garbage collectors to look through it, each would get
     # a copy of its own, 4 MiB of memory.
     gc.collect()

@@ -17,12 +17,15 @@ import logging.config
 import os
 import random
 import re
+import socket
 import string
+import sys
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -1463,3 +1466,141 @@ def test_no_log_line_holds_a_token_or_a_field(
     logged = lines()
     assert logged[-1]["path"] == "/process"
     assert "SECRET" not in json.dumps([answer, *logged])
+
+
+@contextmanager
+def log_into_a_pipe(monkeypatch: pytest.MonkeyPatch, lines: int = 3) -> Iterator[tuple[Any, Any]]:
+    """A log whose standard output is a pipe with room for a few lines; and the pipe's other end."""
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as reading, open(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        handler = app.LogHandler(lines)
+        yield handler, reading
+
+
+def record(message: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": message})
+
+
+LONG = "x" * 4000
+
+
+def fill(handler: app.LogHandler) -> int:
+    """Log until a line is dropped; how many were not."""
+    before, number = app.LOG_LINES_DROPPED.collect(), 0
+    while app.LOG_LINES_DROPPED.collect() == before:
+        handler.handle(record(LONG))
+        number += 1
+    return number - 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX, which forks")
+def test_log_before_the_fork_drops_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with log_into_a_pipe(monkeypatch) as (handler, reading):
+        written = fill(handler)
+        handler.handle(record(LONG))
+        output = b""
+        while output.count(b"\n") < written:
+            output += reading.read(65_536)
+        assert output == (LONG + "\n").encode() * written
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s %(lines)s"))
+        handler.handle(logging.makeLogRecord({"msg": "next", "levelname": "INFO", "lines": 0}))
+        assert reading.read(65_536) == b"INFO next 0\nWARNING log lines dropped 2\n"
+
+
+def test_log_in_a_thread_drops_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with log_into_a_pipe(monkeypatch) as (handler, reading):
+        handler.start()
+        written, output = fill(handler), b""
+        while output.count(b"\n") < written + 1:
+            output += reading.read(65_536)
+        assert output.count(f"{LONG}\n".encode()) == written
+        assert output.count(b"log lines dropped\n") == 1
+
+
+def test_log_in_a_thread_is_written_by_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    with log_into_a_pipe(monkeypatch) as (handler, reading):
+        handler.start()
+        for text in ("one", "two", "three"):
+            handler.handle(record(text))
+        handler.flush()
+        assert reading.read(65_536) == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("closed", ["by its reader", "before the start"])
+def test_log_that_is_closed_is_dropped_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], closed: str
+) -> None:
+    with log_into_a_pipe(monkeypatch) as (handler, reading):
+        if closed == "before the start":
+            monkeypatch.setattr(sys, "stdout", None)
+            handler = app.LogHandler()
+        reading.close()
+        assert fill(handler) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_local_server_listens_on_the_families_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, both: bool
+) -> None:
+    if both and not socket.has_dualstack_ipv6():
+        pytest.skip("needs IPv6")
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: both)
+    with app.listen(0) as sock:
+        assert sock.family == (socket.AF_INET6 if both else socket.AF_INET)
+        with socket.create_connection(("127.0.0.1", sock.getsockname()[1]), 15):
+            pass
+
+
+# --- Local server ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = int(sock.getsockname()[1])
+    monkeypatch.setenv("PORT", str(port))
+    monkeypatch.setenv("SQS_QUEUE_URL", QUEUE_URL)
+    return port
+
+
+def test_busy_port_stops_the_local_server(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
+    with socket.create_server(("", free_port)), pytest.raises(SystemExit, match=f"{free_port}: "):
+        app.main()
+    monkeypatch.setenv("PORT", "x")
+    with pytest.raises(SystemExit, match="PORT must be"):
+        app.main()
+
+
+@pytest.mark.usefixtures("free_port")
+def test_embedded_aws_without_moto_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SQS_QUEUE_URL")
+    monkeypatch.setitem(sys.modules, "moto.server", None)
+    with pytest.raises(SystemExit, match=r"needs requirements-dev\.txt"):
+        app.main()
+
+
+@pytest.mark.usefixtures("free_port")
+def test_gunicorn_serves_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(os, "execv", run)
+    monkeypatch.setattr(os, "chdir", Mock())
+    monkeypatch.setattr(app, "find_spec", lambda _: True)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert run.call_args.args[1][1:] == ["-m", "gunicorn"]
+
+
+def test_flask_serves_where_gunicorn_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, log_at: LogAt, free_port: int
+) -> None:
+    log_at("INFO")  # puts the process's logging back afterwards
+    server = Mock()
+    server.return_value.serve_forever.side_effect = KeyboardInterrupt
+    monkeypatch.setattr(app, "find_spec", lambda _: None)
+    monkeypatch.setattr(app, "make_server", server)
+    app.main()
+    _, port, application = server.call_args.args
+    assert port == free_port
+    assert application.test_client().get("/health").status_code == 200

@@ -407,6 +407,14 @@ def test_unreachable_endpoint_says_so(monkeypatch: pytest.MonkeyPatch, fake: Fak
     assert "Could not connect to" in app.detail_of(error)
 
 
+def test_unknown_proxy_says_so(monkeypatch: pytest.MonkeyPatch, fake: FakeAws) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://aws.test")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
+    error = failure(lambda: send(client(), fake))
+    assert app.cause_of(error) == "ProxyConnectionError"
+    assert "proxy.invalid" in app.detail_of(error)
+
+
 # --- One deadline, one send -----------------------------------------------------------------------
 
 

@@ -292,6 +292,8 @@ def test_every_line_of_output_is_json_without_secrets(start_service: StartServic
         service.get("/health")
         service.ask(post())
         service.ask(post(b"{"))
+        eventually(lambda: [line for line in service.log() if line.get("status") == 400])
+        eventually(lambda: {line["level"] for line in service.log()} == {"DEBUG", "INFO"})
         # Gunicorn logs it as an error.
         kill(service.workers()[0])
         eventually(lambda: "SIGKILL" in service.output())

@@ -477,3 +477,25 @@ def test_unit_tests_pass_without_gunicorn() -> None:
         timeout=600,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+# --- A frozen service -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_workers_survive_a_pause_of_the_whole_service(
+    start_service: StartService, fake_process: FakeAws
+) -> None:
+    """As `docker pause` or a live migration makes one."""
+    variables = {**fake_process.environment(), "GUNICORN_CMD_ARGS": "--timeout 5"}
+    with start_service(**variables) as service:
+        workers = service.workers()
+        for pid in (service.process.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6.5)  # longer than the time-out
+        os.kill(service.process.pid, signal.SIGCONT)
+        time.sleep(1.5)  # the master looks once a second, and may be the first to run
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert_serves(service, workers)
+        assert not any("TIMEOUT" in line["message"] for line in service.log())
