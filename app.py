@@ -260,28 +260,34 @@ ANSWERS = _counter(
     ["success", *ERRORS],
 )
 REQUEST_DURATION = prometheus_client.Histogram(
-    "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
+    "email_processor_request_duration_seconds",
+    "Seconds to answer POST /process, without the wait for a thread.",
+    buckets=SECONDS,
 )
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
-    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="livesum"
+    "email_processor_requests_in_flight",
+    "POST /process requests that are being handled.",
+    multiprocess_mode="livesum",
 )
 SQS_CALLS = _counter(
     "email_processor_sqs_calls",
-    "Calls of SQS that send messages, by result.",
+    "SendMessage and SendMessageBatch calls by result, retries included.",
     "result",
     ["success", "partial", "timeout", "unavailable", "refused"],
 )
 SQS_CALL_DURATION = prometheus_client.Histogram(
     "email_processor_sqs_call_duration_seconds",
-    "Time of a call of SQS that sends messages.",
+    "Seconds of a SendMessage or SendMessageBatch call.",
     buckets=SECONDS,
 )
 SQS_BATCH_SIZE = prometheus_client.Histogram(
-    "email_processor_sqs_batch_size", "Messages in a call of SQS.", buckets=range(1, 11)
+    "email_processor_sqs_batch_size",
+    "Messages in a SendMessage or SendMessageBatch call.",
+    buckets=range(1, 11),
 )
 SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
     "email_processor_sqs_circuits_open",
-    "Workers that take SQS for down and refuse at once.",
+    "Workers whose circuit is open: they refuse messages at once.",
     multiprocess_mode="livesum",
 )
 TOKEN_READS = _counter(
@@ -292,11 +298,12 @@ TOKEN_READS = _counter(
 )
 TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
     "email_processor_token_read_timestamp_seconds",
-    "Last read of the token; of the worker for which that is longest ago; 0 for never.",
+    "Unix time of the last successful token read, in the worker whose read is oldest; 0 if none.",
     multiprocess_mode="livemin",
 )
 LOG_LINES_DROPPED = prometheus_client.Counter(
-    "email_processor_log_lines_dropped", "Log lines that standard output did not take in time."
+    "email_processor_log_lines_dropped",
+    "Log lines dropped because standard output did not take them in time.",
 )
 
 
@@ -926,7 +933,7 @@ class TokenStore:
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
-            instead = "the last known one counts" if self.ready else "none is known yet"
+            instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
             return
         if missing:
@@ -955,9 +962,9 @@ class TokenStore:
                 f"is a {kind}, which is not encrypted; make it a SecureString",
                 kind != "SecureString",
             ),
-            ("has white space around its value, which does not count", tokens != values),
+            ("has white space around its value, which is ignored", tokens != values),
             (
-                "has quotes around its value, which count",
+                "has quotes around its value, which are part of the token",
                 any(re.fullmatch(r"(['\"]).*\1", t) for t in tokens),
             ),
             ("has no token in it", not all(tokens)),
@@ -1301,7 +1308,9 @@ class Publisher:
                     self._end(pending, Refusal(code))
             self._note(label, began, next(iter(failures), ("", False))[0])
         for (cause, retried), ids in failures.items():
-            level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
+            level, text = (
+                (logging.WARNING, "; they are tried again") if retried else (logging.ERROR, "")
+            )
             extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
             log.log(level, f"messages not sent{text}", extra=extra)
         return again
@@ -1319,7 +1328,10 @@ class Publisher:
             if self._open:
                 self._open = False
                 SQS_CIRCUITS_OPEN.set(0)
-                log.warning("SQS is back", extra={"seconds": round(now - self._opened_at, 1)})
+                log.warning(
+                    "SQS is back; circuit closed",
+                    extra={"seconds": round(now - self._opened_at, 1)},
+                )
             return
         self._failures += 1
         silent = label == "timeout" and self._answered_at < began
@@ -1328,7 +1340,10 @@ class Publisher:
         elif silent or self._failures >= self.FAILURES:
             self._open, self._opened_at, self._probe_at = True, now, now
             SQS_CIRCUITS_OPEN.set(1)
-            log.error("SQS is down; refused until it answers", extra={"cause": cause})
+            log.error(
+                "SQS is down; circuit open, messages are refused until it answers",
+                extra={"cause": cause},
+            )
             while self._waiting:  # nobody waits any longer
                 self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
 
@@ -1540,7 +1555,7 @@ class Service(Flask):
             refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
             refusal = Refusal("internal_error")
-            log.error("unforeseen error", exc_info=error)
+            log.error("unhandled exception", exc_info=error)
         if refusal.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         elif refusal.status == 401:

@@ -296,7 +296,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
         else:
             refusal = app.Refusal("internal_error")
-            app.log.error("unforeseen error", exc_info=exc)
+            app.log.error("unhandled exception", exc_info=exc)
         request_id = app.request_id_of("")
         body = json.dumps(refusal.body(request_id)).encode()
         head = (
