@@ -80,11 +80,8 @@ def service(
         yield running, {"API_URL": url, "API_TOKEN": TOKEN}
 
 
-def requests_with(service: Service, outcome: str) -> int:
-    return sum(
-        line["message"] == "request" and line.get("error", "success") == outcome
-        for line in service.log()
-    )
+def requests_with(service: Service, outcome: str) -> float:
+    return service.metrics()[f'email_processor_requests_total{{outcome="{outcome}"}}']
 
 
 @needs("bash")
