@@ -795,7 +795,7 @@ class AwsClient:
             curl, sends = self._handles.pop()
         except IndexError:
             curl, sends = self._new_handle()
-        head: list[bytes] = []
+        head, parts = list[bytes](), list[bytes]()
         sends[0] = 0
         try:
             curl.setopt(pycurl.TIMEOUT_MS, max(1, int(seconds * 1000)))
@@ -804,13 +804,18 @@ class AwsClient:
             curl.setopt(pycurl.HTTPHEADER, headers)
             curl.setopt(pycurl.POSTFIELDS, body)
             curl.setopt(pycurl.HEADERFUNCTION, head.append)
-            answer = curl.perform_rb()
-            status = curl.getinfo(pycurl.RESPONSE_CODE)
+            curl.setopt(pycurl.WRITEFUNCTION, parts.append)
+            curl.perform()
         except pycurl.error as error:
-            raise self._failure(error, sent=sends[0] > 0) from None
+            # On a busy machine the time may be over when libcurl looks, although all is here.
+            size = sum(map(len, parts))
+            if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD) != size:
+                raise self._failure(error, sent=sends[0] > 0) from None
         finally:
+            status = curl.getinfo(pycurl.RESPONSE_CODE)
             # After an error too: libcurl mends the handle by itself, and to drop it may block.
             self._handles.append((curl, sends))
+        answer = b"".join(parts)
         if status < 300:
             return json.loads(answer)  # type: ignore[no-any-return]
         lines = (line.decode("latin-1").partition(":") for line in head)

@@ -429,6 +429,30 @@ def test_call_ends_at_its_deadline(verifying: FakeAws, kind: str) -> None:
     assert send(sqs.within(LONG), verifying)["MessageId"]  # on the same handle
 
 
+class LateCurl:
+    """libcurl on a busy machine: it has the whole answer when it sees that the time is over."""
+
+    def __init__(self) -> None:
+        self._curl = pycurl_curl()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._curl, name)
+
+    def perform(self) -> None:
+        self._curl.perform()
+        raise app.pycurl.error(app.pycurl.E_OPERATION_TIMEDOUT, "Operation timed out")
+
+
+pycurl_curl = app.pycurl.Curl
+
+
+def test_whole_answer_counts_although_its_time_is_over(
+    verifying: FakeAws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.pycurl, "Curl", LateCurl)
+    assert send(client(), verifying)["MessageId"] == verifying.messages()[0]["message_id"]
+
+
 def test_connection_that_is_not_made_ends_the_call(
     monkeypatch: pytest.MonkeyPatch, fake: FakeAws
 ) -> None:
