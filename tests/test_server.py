@@ -199,6 +199,7 @@ def test_body_has_its_whole_time_after_a_silence(hasty: Service) -> None:
             time.sleep(2 * DEADLINE)
             client.send(post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue"))
             assert client.is_continued()
+            time.sleep(DEADLINE / 2)
             return client.send(BODY).answer().status
 
     # A machine may stand still for a second, but not each time.
