@@ -7,42 +7,67 @@ serves on a developer's machine, with an embedded AWS.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import hmac
 import json
 import logging
+import logging.config
+import math
+import operator
 import os
+import queue
 import random
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from base64 import b64encode
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.resources import files
+from importlib.util import find_spec
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
 import boto3
 import botocore.session
+import certifi
 import prometheus_client
+import pycurl
 import yaml
+from botocore.awsrequest import HeadersDict
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ConnectTimeoutError, ReadTimeoutError
+from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProxyConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
+from botocore.parsers import create_parser
+from botocore.utils import get_environ_proxies
 from flask import Flask, Request, Response, g, has_app_context, request
-from gunicorn.http.errors import ParseException
-from prometheus_client import values
 from prometheus_client.multiprocess import MultiProcessCollector
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import MapAdapter
+from werkzeug.serving import make_server
 
 SERVICE = "email-processor"
 VERSION = "1.0.0"
@@ -154,14 +179,7 @@ def logging_config(level: str) -> dict[str, Any]:
                 "timestamp": "time",
             }
         },
-        "handlers": {
-            "stdout": {
-                "class": "logging.StreamHandler",
-                "filters": [add_request],
-                "formatter": "json",
-                "stream": "ext://sys.stdout",
-            }
-        },
+        "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
         # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
         # bodies, and Gunicorn what it could not parse.
         "root": {"level": "INFO", "handlers": ["stdout"]},
@@ -185,7 +203,7 @@ ERRORS = {
     "request_timeout": (408, "The request body did not arrive in time."),
     "unsupported_media_type": (415, "The Content-Type must be application/json."),
     "invalid_json": (400, "The request is not a JSON object in UTF-8."),
-    "token_required": (401, 'The request needs a "token".'),
+    "token_required": (401, 'The request needs a "token" at the top level of the JSON body.'),
     "invalid_token": (401, "Invalid token."),
     "token_store_unavailable": (503, "The token cannot be checked at present. Try again."),
     "invalid_data": (400, '"data" must be an object with the four email fields.'),
@@ -195,6 +213,8 @@ ERRORS = {
     "internal_error": (500, "Something went wrong here. The cause is in the service's log."),
 }
 RETRY_AFTER_SECONDS = 5
+# A scheme of our own, so that no browser asks for a password. A 401 needs one, by RFC 9110.
+AUTHENTICATE = f'Token realm="{SERVICE}"'
 
 
 class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
@@ -221,12 +241,6 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-# Whose metrics this process writes. By default that would be its process id: a worker that ends
-# would leave its files behind for ever, and the next one would need space for new ones.
-_writer = "master"
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    values.ValueClass = values.MultiProcessValue(lambda: _writer)  # type: ignore[no-untyped-call]
-
 # A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
 SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
 
@@ -246,29 +260,35 @@ ANSWERS = _counter(
     ["success", *ERRORS],
 )
 REQUEST_DURATION = prometheus_client.Histogram(
-    "email_processor_request_duration_seconds", "Time to answer POST /process.", buckets=SECONDS
+    "email_processor_request_duration_seconds",
+    "Seconds to answer POST /process, without the wait for a thread.",
+    buckets=SECONDS,
 )
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
-    "email_processor_requests_in_flight", "POST /process under way.", multiprocess_mode="sum"
+    "email_processor_requests_in_flight",
+    "POST /process requests that are being handled.",
+    multiprocess_mode="livesum",
 )
 SQS_CALLS = _counter(
     "email_processor_sqs_calls",
-    "Calls of SQS that send messages, by result.",
+    "SendMessage and SendMessageBatch calls by result, retries included.",
     "result",
     ["success", "partial", "timeout", "unavailable", "refused"],
 )
 SQS_CALL_DURATION = prometheus_client.Histogram(
     "email_processor_sqs_call_duration_seconds",
-    "Time of a call of SQS that sends messages.",
+    "Seconds of a SendMessage or SendMessageBatch call.",
     buckets=SECONDS,
 )
 SQS_BATCH_SIZE = prometheus_client.Histogram(
-    "email_processor_sqs_batch_size", "Messages in a call of SQS.", buckets=range(1, 11)
+    "email_processor_sqs_batch_size",
+    "Messages in a SendMessage or SendMessageBatch call.",
+    buckets=range(1, 11),
 )
 SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
     "email_processor_sqs_circuits_open",
-    "Workers that take SQS for down and refuse at once.",
-    multiprocess_mode="sum",
+    "Workers whose circuit is open: they refuse messages at once.",
+    multiprocess_mode="livesum",
 )
 TOKEN_READS = _counter(
     "email_processor_token_reads",
@@ -278,22 +298,13 @@ TOKEN_READS = _counter(
 )
 TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
     "email_processor_token_read_timestamp_seconds",
-    "Last read of the token; of the worker for which that is longest ago; 0 for never.",
-    multiprocess_mode="min",
+    "Unix time of the last successful token read, in the worker whose read is oldest; 0 if none.",
+    multiprocess_mode="livemin",
 )
-
-
-def write_metrics_as(writer: str, alive: bool = False) -> None:
-    """Write into the files that carry the writer's name, and count on from what they hold.
-
-    Only one process at a time may use a name. The gauges begin anew: in a writer that is `alive`
-    with 0, else with what does not count beside the others' values.
-    """
-    global _writer
-    _writer = writer
-    REQUESTS_IN_FLIGHT.set(0)
-    SQS_CIRCUITS_OPEN.set(0)
-    TOKEN_READ_TIMESTAMP.set(0 if alive else float("inf"))
+LOG_LINES_DROPPED = prometheus_client.Counter(
+    "email_processor_log_lines_dropped",
+    "Log lines dropped because standard output did not take them in time.",
+)
 
 
 def metrics_text() -> bytes:
@@ -321,25 +332,15 @@ def request_id_of(offered: str) -> str:
 _x_ray_header = re.compile(
     r"(?:\w+=[\w:.|-]+;)*Root=(1-[0-9a-f]{8}-[0-9a-f]{24})(?:;\w+=[\w:.|-]*)*;?", re.ASCII
 ).fullmatch
-# By W3C Trace Context: ff is no version, zeros are no id, and only versions after 00 may say more.
-_traceparent = re.compile(
-    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{8})([0-9a-f]{24})"
-    r"-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
-).fullmatch
 
 
-def trace_of(x_amzn_trace_id: str, traceparent: str) -> tuple[str, str | None]:
+def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
     """The X-Ray header that goes on with the message, and the id of the trace for the log.
 
-    Of the two headers the first that is well-formed counts; SQS would refuse a message with any
-    other text. The empty text and None when there is none.
+    The empty text and None when it is not well-formed: SQS would refuse a message with any other.
     """
     if 0 < len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
         return x_amzn_trace_id, found[1]
-    if traceparent and (found := _traceparent(traceparent)):
-        seconds, rest, parent, flags = found.groups()
-        trace_id = f"1-{seconds}-{rest}"
-        return f"Root={trace_id};Parent={parent};Sampled={int(flags, 16) & 1}", trace_id
     return "", None
 
 
@@ -350,74 +351,94 @@ def add_request(record: logging.LogRecord) -> bool:
     return True
 
 
-def record_answer(path: str, status: int, **line: Any) -> None:
+class LogHandler(QueueHandler):
+    """Writes log lines to standard output, and makes nobody wait until they are read there.
+
+    From start() on a thread writes them. Before, in a process that is still to fork, the caller
+    does, if there is room. A line without room is dropped and counted; a later one tells how many.
+    """
+
+    def __init__(self, lines: int = 1000) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._lines = lines  # that may wait for the thread
+        self._queued = self._written = self._dropped = self._told = 0
+        self._thread: threading.Thread | None = None
+        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
+        self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
+
+    def enqueue(self, line: Any) -> None:
+        if self._thread is None and self._has_room():
+            self._write(line)
+        elif self._thread and self._queued - self._written < self._lines:
+            self._queued += 1
+            self.queue.put_nowait(line)
+        else:
+            self._drop()
+
+    def flush(self) -> None:
+        """At the exit: let the thread write what waits, for a second at most."""
+        end = time.monotonic() + 1
+        while self._thread and self._written < self._queued and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _has_room(self) -> bool:
+        try:
+            return bool(select.select([], [self._out], [], 0)[1])
+        except (OSError, TypeError, ValueError):  # it is no file of the system's
+            return True
+
+    def _work(self) -> None:
+        while True:
+            lines = [self.queue.get()]
+            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
+            while self.queue.qsize():  # type: ignore[attr-defined]
+                lines.append(self.queue.get())
+            for line in lines:
+                self._write(line)
+                self._written += 1
+
+    def _write(self, line: bytes) -> None:
+        try:
+            self._put(line)
+            if dropped := self._dropped - self._told:
+                told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
+                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
+                self._told += dropped
+        except (AttributeError, OSError, TypeError):  # closed, or full though it never blocks
+            self._drop()
+
+    def _put(self, data: bytes) -> None:
+        while data:
+            data = data[operator.index(self._out.write(data)) :]
+
+    def _drop(self) -> None:
+        LOG_LINES_DROPPED.inc()
+        with self.lock:  # type: ignore[union-attr]
+            self._dropped += 1
+
+
+def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
     """Count one answer and write its log line; the only place that does either."""
     ANSWERS[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
         line = {name: value for name, value in line.items() if value is not None}
+        line["client"] = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
         log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
 # --- Reading the body -----------------------------------------------------------------------------
 
 
-class RequestDeadline:
-    """Ends requests that take longer than `seconds` in all to arrive, and answers that take longer
-    than twice that to be taken.
-
-    A socket timeout would start again with each byte that trickles, and Gunicorn's `timeout` does
-    not watch threads. So one thread a worker looks through the sockets in use, twenty times a
-    second, and shuts the overdue ones: the blocked read then sees the end, the blocked write fails.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._ends: dict[socket.socket, tuple[float, int]] = {}  # when, and what to shut then
-        self._start_lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def start(self, sock: socket.socket, arrived: float | None = None) -> None:
-        """Watch a socket that is read from, unless it is watched already.
-
-        `arrived` is when the request came. It may have waited for a thread since, and that counts,
-        else slow requests in a row would hold the threads for one deadline after the other. By then
-        most of an honest one has arrived; for the rest it has a twentieth of the time.
-        """
-        if self._thread is None:  # not before the fork: a thread would stay behind in the master
-            with self._start_lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._watch, daemon=True)
-                    self._thread.start()
-        now = self._clock()
-        waited = 0 if arrived is None else now - arrived
-        end = now + max(self._seconds - waited, self._seconds / 20)
-        self._ends.setdefault(sock, (end, socket.SHUT_RD))
-
-    def answer(self, sock: socket.socket) -> None:
-        """From now on, watch a socket that is written to."""
-        self._ends[sock] = (self._clock() + 2 * self._seconds, socket.SHUT_RDWR)
-
-    def stop(self, sock: socket.socket) -> bool:
-        """Whether the deadline had passed. Whoever takes the socket out of the dict decides."""
-        return self._ends.pop(sock, None) is None
-
-    def end_overdue(self) -> None:
-        now = self._clock()
-        for sock, (end, what) in self._ends.copy().items():
-            if now >= end and self._ends.pop(sock, None) is not None:
-                with suppress(OSError):  # the client may have gone already
-                    sock.shutdown(what)
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(0.05)
-            self.end_overdue()
-
-
-def read_body(limit: int, deadline: RequestDeadline) -> bytes:
+def read_body(limit: int) -> bytes:
     """The body of the current request, of at most `limit` bytes.
 
     What is too long is read to its end and dropped: many clients read no answer before they have
@@ -426,29 +447,24 @@ def read_body(limit: int, deadline: RequestDeadline) -> bytes:
     Raises Refusal: request_too_large, request_timeout, or invalid_json for a body that breaks off.
     """
     g.body_read = True
-    environ, declared = request.environ, request.content_length
-    stream, sock = environ["wsgi.input"], environ.get("gunicorn.socket")
-    too_large, body = (declared or 0) > limit, b""
-    if sock:
-        deadline.start(sock)
+    stream, declared = request.stream, request.content_length or 0
+    too_large, body = declared > limit, b""
     try:
         if not too_large:
             body = stream.read(limit + 1)
             too_large = len(body) > limit
         while too_large and stream.read(65536):
             pass
-        whole = too_large or len(body) >= (declared or 0)
-    except (OSError, ParseException):  # reset, broken off, or malformed chunks
+    except Exception:  # as the server says that it broke off or that a chunk is malformed
         whole = False
-    late = deadline.stop(sock) if sock else False
-    if late or not whole:
-        # gunicorn.conf.py provides it: no further request can be read from this connection.
-        getattr(stream, "force_close", lambda: None)()
+    else:
+        whole = len(body) >= declared
     if too_large:
         raise Refusal("request_too_large", f"The request body is larger than {limit} bytes.")
     if whole:
         return bytes(body)
-    if late:
+    # gunicorn.conf.py ends a body that does not arrive in time.
+    if getattr(request.environ.get("gunicorn.socket"), "late", False):
         raise Refusal("request_timeout")
     raise Refusal("invalid_json", "The request body breaks off or is not well-formed HTTP.")
 
@@ -472,10 +488,21 @@ _decoder = json.JSONDecoder(
 _to_value = re.compile(r"\s*:\s*").match
 
 
+def check_media_type(request: Request) -> None:
+    """Raises Refusal unsupported_media_type, also for a body that is compressed."""
+    if not request.is_json:
+        raise Refusal("unsupported_media_type")
+    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        codings = request.headers.get(header, "").lower().split(",")
+        if any(coding.strip() not in ("", plain) for coding in codings):
+            message = f"The {header} must be {plain} or absent: send the body uncompressed."
+            raise Refusal("unsupported_media_type", message)
+
+
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
     """The members of the request's JSON object, and its text. Raises Refusal invalid_json."""
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # without the byte order mark that PowerShell sends
         members = _decoder.decode(text)
         # Only a text with many brackets can be deep; most never pay for the walk.
         if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _is_deep(members):
@@ -522,6 +549,11 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+def is_visible(character: str) -> bool:
+    """Whether it is no white space, control or format character (such as U+200B and U+FEFF)."""
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+
+
 def validate_data(data: Any) -> None:
     """Check the four fields. Raises Refusal invalid_data or invalid_timestamp."""
     if not isinstance(data, dict):
@@ -532,7 +564,7 @@ def validate_data(data: Any) -> None:
         if value is None:
             problems[name] = f"{name} is missing"
         elif isinstance(value, str):
-            if not value.strip():
+            if not any(map(is_visible, value)):
                 problems[name] = f"{name} is empty"
         elif name != "email_timestream":
             problems[name] = f"{name} is not a string"
@@ -559,44 +591,20 @@ def timestamp_rule(value: Any) -> str | None:
     return None
 
 
-# --- AWS clients ----------------------------------------------------------------------------------
+# --- AWS calls ------------------------------------------------------------------------------------
 
+# libcurl's options that pycurl has no name for.
+CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
+SSL_ERRORS = (
+    pycurl.E_SSL_CONNECT_ERROR,
+    pycurl.E_PEER_FAILED_VERIFICATION,
+    pycurl.E_SSL_CACERT_BADFILE,
+)
 
-@functools.cache
-def aws_session() -> boto3.Session:
-    """Where all clients get their credentials from, with short time-outs for that as well.
-
-    On EKS they come from STS, through a client of botocore's own, which would wait for 60 s.
-    """
-    session = botocore.session.get_session()
-    session.set_default_client_config(
-        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
-    )
-    return boto3.Session(botocore_session=session)
-
-
-def aws_client(service: str, settings: Settings, connect: float = 1, read: float = 2) -> Any:
-    """A boto3 client. It opens no connection until its first call, so a fork may follow.
-
-    An attempt may take `connect` seconds, and then `read` seconds without a byte of the answer. SSM
-    gets two of them, SQS one: the publisher has retries of its own, for each message of a batch.
-    """
-    publishes = service == "sqs"
-    return aws_session().client(
-        service,
-        region_name=settings.aws_region,
-        config=Config(
-            connect_timeout=connect,
-            read_timeout=read,
-            retries={"mode": "standard", "total_max_attempts": 1 if publishes else 2},
-            max_pool_connections=max(settings.gunicorn_threads, settings.sqs_calls_in_flight),
-            tcp_keepalive=True,
-            # What each call would cost without need: checks of a message that is ours, and a
-            # User-Agent that is built twice.
-            parameter_validation=not publishes,
-            user_agent=f"{SERVICE}/{VERSION}",
-        ),
-    )
+# AWS's spellings of "too often", and of a request that came too slowly.
+_is_passing = re.compile(
+    "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
+).search
 
 
 def cause_of(error: Exception) -> str:
@@ -607,11 +615,241 @@ def cause_of(error: Exception) -> str:
 
 
 def detail_of(error: Exception) -> str:
-    """The cause for the log: AWS's text, which names principal and resource but quotes no token.
+    """The cause for the log: AWS's text, which names principal and resource but quotes no token, or
+    that of the operating system, which names the file.
 
-    The text of any other exception may quote the answer that made botocore fail.
+    The text of any other exception may quote the answer that could not be read.
     """
-    return str(error) if isinstance(error, ClientError | BotoCoreError) else cause_of(error)
+    harmless = isinstance(error, ClientError | BotoCoreError | OSError)
+    return str(error) if harmless else cause_of(error)
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
+    if not isinstance(error, ClientError):
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
+
+
+def aws_session() -> botocore.session.Session:
+    """A session with short time-outs for its own call: a role's credentials come from STS."""
+    session = botocore.session.get_session()
+    session.set_default_client_config(
+        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+    )
+    return session
+
+
+class Credentials:
+    """AWS credentials as boto3 finds them: environment, files, or a role through STS.
+
+    One daemon thread looks for them and renews them. So no request waits for a file or for STS, but
+    for the first ones, and for these at most WAIT_SECONDS. Those that appear, or are mended, after
+    the start are found by its next look.
+    """
+
+    WAIT_SECONDS = 2.0
+    LOOK_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._looked = threading.Event()
+        self._found: Any = None
+        self._problem: Exception = CredentialRetrievalError(
+            provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
+        )
+
+    def frozen(self) -> Any:
+        """Access key, secret key and session token. Raises what boto3 raised."""
+        if self._thread is None:  # not before the fork: a thread would stay behind in the master
+            with self._lock:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._keep, daemon=True)
+                    self._thread.start()
+        if not self._looked.wait(self.WAIT_SECONDS):
+            self._looked.set()  # nobody else waits
+        if self._found is None:
+            raise self._problem.with_traceback(None)  # else it would grow with each request
+        return self._found
+
+    def _keep(self) -> None:
+        source = None
+        while True:
+            try:
+                # A file may have changed. Only a role's credentials are asked for again.
+                if not isinstance(source, RefreshableCredentials):
+                    source = aws_session().get_credentials()
+                if source is None:
+                    raise NoCredentialsError
+                self._found = source.get_frozen_credentials()
+            except Exception as error:  # a file or an answer of STS may be garbled in any way
+                source, self._problem = None, error
+                if self._found:  # they count until AWS refuses them
+                    log.warning("credentials not renewed", extra={"cause": detail_of(error)})
+            self._looked.set()
+            if getattr(source, "method", "") == "env":
+                return  # a process's environment stays
+            time.sleep(self.LOOK_SECONDS)
+
+
+class AwsClient:
+    """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
+
+    libcurl makes them: it signs, keeps connections, and ends each call `seconds` after its start,
+    from the name look-up to the last byte of the answer. boto3 would need five times the CPU, and
+    has no limit for the whole call. Region, endpoint and credentials are still boto3's. Errors are
+    those of botocore: ClientError for what AWS refuses, else the kind of failure on the way there.
+    """
+
+    CONNECT_SECONDS = 1.0
+    MAX_ANSWER_BYTES = 2**20  # ten results of a batch have 3 kB
+
+    def __init__(
+        self, service: str, region: str, credentials: Credentials, seconds: float = 3
+    ) -> None:
+        session = aws_session()
+        # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
+        # looks for none.
+        meta = (
+            boto3.Session(botocore_session=session)
+            .client(service, region, aws_access_key_id="-", aws_secret_access_key="-")  # noqa: S106
+            .meta
+        )
+        # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
+        # sent.
+        self.url = meta.endpoint_url.rstrip("/") + "/"
+        self._credentials = credentials
+        self._seconds = seconds
+        metadata = meta.service_model.metadata
+        self._headers = [
+            f"Content-Type: application/x-amz-json-{metadata['jsonVersion']}",
+            "Expect:",
+        ]
+        if "awsQueryCompatible" in metadata:  # SQS then sends the error codes that boto3 shows
+            self._headers.append("X-Amzn-Query-Mode: true")
+        # One thread at a time uses a handle, and none is made before the fork.
+        self._handles: deque[tuple[pycurl.Curl, list[int]]] = deque()
+        authorities = (
+            session.get_config_variable("ca_bundle")
+            or os.environ.get("REQUESTS_CA_BUNDLE")
+            or certifi.where()
+        )
+        self._options = {
+            pycurl.URL: self.url,
+            pycurl.POST: 1,
+            pycurl.AWS_SIGV4: f"aws:amz:{meta.region_name}:{meta.service_model.signing_name}",
+            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
+            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+            pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
+            pycurl.DNS_CACHE_TIMEOUT: 0,  # as with boto3, each new connection looks the name up
+            pycurl.NOSIGNAL: 1,
+            pycurl.TCP_KEEPALIVE: 1,
+            pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
+            pycurl.CAINFO: authorities,
+            pycurl.PROXY_CAINFO: authorities,
+            # libcurl reads other variables, and reads them otherwise, than boto3.
+            pycurl.PROXY: get_environ_proxies(self.url).get(self.url.partition(":")[0], ""),
+            pycurl.NOPROXY: "",
+            CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
+            # Else a handle that is dropped waits for a look-up that hangs.
+            CURLOPT_QUICK_EXIT: 1,
+        }
+
+    def within(self, seconds: float) -> AwsClient:
+        """The same client, whose calls may take this long."""
+        client = copy.copy(self)
+        client._seconds = seconds
+        return client
+
+    def get_parameters(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSSM.GetParameters", given, tries=2)
+
+    def get_queue_attributes(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.GetQueueAttributes", given, tries=2)
+
+    def send_message(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessage", given)
+
+    def send_message_batch(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessageBatch", given)
+
+    def _call(self, target: str, given: dict[str, Any], tries: int = 1) -> dict[str, Any]:
+        """Make the call; where it changes nothing, a second time if that may help."""
+        end = time.monotonic() + self._seconds
+        while True:
+            tries -= 1
+            try:
+                return self._call_once(target, json.dumps(given).encode(), end - time.monotonic())
+            except Exception as error:
+                if not tries or not is_temporary(error) or time.monotonic() >= end:
+                    raise
+
+    def _call_once(self, target: str, body: bytes, seconds: float) -> dict[str, Any]:
+        credentials = self._credentials.frozen()
+        headers = [*self._headers, f"X-Amz-Target: {target}"]
+        if credentials.token:
+            headers.append(f"X-Amz-Security-Token: {credentials.token}")
+        try:
+            curl, sends = self._handles.pop()
+        except IndexError:
+            curl, sends = self._new_handle()
+        head: list[bytes] = []
+        sends[0] = 0
+        try:
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int(seconds * 1000)))
+            curl.setopt(pycurl.USERNAME, credentials.access_key)
+            curl.setopt(pycurl.PASSWORD, credentials.secret_key)
+            curl.setopt(pycurl.HTTPHEADER, headers)
+            curl.setopt(pycurl.POSTFIELDS, body)
+            curl.setopt(pycurl.HEADERFUNCTION, head.append)
+            answer = curl.perform_rb()
+            status = curl.getinfo(pycurl.RESPONSE_CODE)
+        except pycurl.error as error:
+            raise self._failure(error, sent=sends[0] > 0) from None
+        finally:
+            # After an error too: libcurl mends the handle by itself, and to drop it may block.
+            self._handles.append((curl, sends))
+        if status < 300:
+            return json.loads(answer)  # type: ignore[no-any-return]
+        lines = (line.decode("latin-1").partition(":") for line in head)
+        refusal = {
+            "status_code": status,
+            "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
+            "body": answer,
+        }
+        raise ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+
+    def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
+        curl, sends = pycurl.Curl(), [0]
+        for option, value in self._options.items():
+            curl.setopt(option, value)
+
+        def before_sending(*_: object) -> int:
+            # When a kept connection dies before the answer, libcurl would send the request once
+            # more by itself: the queue could get a message twice, and nobody would know.
+            sends[0] += 1
+            return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
+
+        curl.setopt(pycurl.PREREQFUNCTION, before_sending)
+        return curl, sends
+
+    def _failure(self, error: pycurl.error, sent: bool) -> Exception:
+        code, text = error.args[:2]
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            kind = ReadTimeoutError if sent else ConnectTimeoutError
+        elif code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT):
+            kind = EndpointConnectionError
+        elif code == pycurl.E_COULDNT_RESOLVE_PROXY:
+            kind = ProxyConnectionError
+        elif code in SSL_ERRORS:
+            kind = SSLError
+        else:
+            kind = ConnectionClosedError
+        failure: Exception = kind(endpoint_url=self.url, proxy_url="", error="")
+        failure.args = (f"{failure} {text}",)
+        return failure
 
 
 # --- Token store ----------------------------------------------------------------------------------
@@ -645,6 +883,7 @@ class TokenStore:
         self._jitter = jitter
         self._lock = threading.Lock()
         self._tokens: tuple[bytes, ...] = ()
+        self._warned: set[tuple[str, str]] = set()
         self._attempted_at = self._due_at = self._stale_at = -float("inf")
         self._reads = 0  # successful ones, to tell whether another thread has just read
         self.ready = False  # a token was read at least once
@@ -688,19 +927,19 @@ class TokenStore:
         try:
             answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
             missing = answer.get("InvalidParameters", [])
-            tokens = tuple(parameter["Value"].encode() for parameter in answer["Parameters"])
-            if len(tokens) + len(missing) != len(self._names):
+            if len(answer["Parameters"]) + len(missing) != len(self._names):
                 raise ValueError("the answer does not speak of every parameter")
+            tokens = [t for parameter in answer["Parameters"] for t in self._tokens_of(parameter)]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
-            instead = "the last known one counts" if self.ready else "none is known yet"
+            instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
         TOKEN_READ_TIMESTAMP.set_to_current_time()
-        self._tokens = tokens
+        self._tokens = tuple(token.encode() for token in tokens)
         self.ready = self.ready or bool(tokens)
         if self.ready:
             # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
@@ -709,6 +948,32 @@ class TokenStore:
         self._reads += 1
         self.problem = None
         TOKEN_READS["success"].inc()
+
+    def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
+        """A parameter's tokens. What its owner may not have meant is logged once, without them."""
+        kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
+        values = value.split(",") if kind == "StringList" else [value]
+        visible = [[n for n, character in enumerate(v) if is_visible(character)] for v in values]
+        tokens = [
+            v[at[0] : at[-1] + 1] if at else "" for v, at in zip(values, visible, strict=True)
+        ]
+        for problem, is_there in (
+            (
+                f"is a {kind}, which is not encrypted; make it a SecureString",
+                kind != "SecureString",
+            ),
+            ("has white space around its value, which is ignored", tokens != values),
+            (
+                "has quotes around its value, which are part of the token",
+                any(re.fullmatch(r"(['\"]).*\1", t) for t in tokens),
+            ),
+            ("has no token in it", not all(tokens)),
+        ):
+            warning = parameter.get("Name", ""), problem
+            if is_there and warning not in self._warned:
+                self._warned.add(warning)
+                log.warning(f"token parameter {problem}", extra={"parameters": [warning[0]]})
+        return [token for token in tokens if token]
 
 
 # --- Publisher ------------------------------------------------------------------------------------
@@ -752,8 +1017,12 @@ class Message:
         return entry, size
 
     def deduplication_id(self) -> str:
-        """SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed."""
-        key = self.idempotency_key or self.request_id
+        """The idempotency key, or without one an id of this message's own: the request id may be
+        shared by several messages, and SQS would drop all but the first.
+
+        SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed.
+        """
+        key = self.idempotency_key or f"{random.getrandbits(128):032x}"
         if re.fullmatch(r"[!-~]{1,128}", key):
             return key
         return hashlib.sha256(key.encode()).hexdigest()
@@ -770,14 +1039,6 @@ def ascii_json(text: str) -> str:
 
 
 TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
-
-
-def is_temporary(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
-    if not isinstance(error, ClientError):
-        return True
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return status >= 500 or status == 429 or "Throttl" in cause_of(error)
 
 
 def is_about_the_queue(error: Exception) -> bool:
@@ -802,59 +1063,14 @@ class Pending:
 
     entry: dict[str, Any]
     size: int
+    request_id: str
     deadline: float
     attempts: int = 0
     alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
-    in_flight: bool = False  # in a call, or about to be
-    call: list[Pending] | None = None  # the batch that its request is to send
     outcome: str | Refusal | None = None  # the MessageId, or why there is none
-    wake: threading.Lock = field(default_factory=threading.Lock)  # released when one of both is set
-
-
-class Circuit:
-    """Whether SQS is known to be down, so that requests are refused at once instead of waiting.
-
-    It opens when a call runs out of time while no other one was answered, or when FAILURES calls in
-    a row fail in some other way that may pass, and closes with the first answer. While it is open,
-    one call at a time is made all the same, with less patience than otherwise, to find out whether
-    SQS is back: first with the messages that saw it go down, then with one message PROBE_SECONDS
-    after the last try.
-    """
-
-    # At three calls in ten failing by chance, ten in a row happen once in 170,000 calls.
-    FAILURES = 10
-    PROBE_SECONDS = 0.25
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._failures = 0
-        self._opened_at = self._probe_at = 0.0
-        self._answered_at = -float("inf")
-        self.open = False
-
-    def may_probe(self) -> bool:
-        return self._clock() >= self._probe_at
-
-    def answered(self) -> None:
-        """SQS has taken or refused something."""
-        self._failures = 0
-        self._answered_at = self._clock()
-        if self.open:
-            self.open = False
-            SQS_CIRCUITS_OPEN.set(0)
-            seconds = round(self._clock() - self._opened_at, 1)
-            log.warning("SQS is back", extra={"seconds": seconds})
-
-    def failed(self, timed_out: bool, began: float, cause: str) -> None:
-        """A call that began then, by the clock, failed in a way that may pass."""
-        self._failures += 1
-        self._probe_at = self._clock() + self.PROBE_SECONDS
-        silent = timed_out and self._answered_at < began
-        if not self.open and (silent or self._failures >= self.FAILURES):
-            self.open = True
-            SQS_CIRCUITS_OPEN.set(1)
-            self._opened_at = self._clock()
-            log.error("SQS is down; refused until it answers", extra={"cause": cause})
+    look: threading.Event = field(
+        default_factory=threading.Event
+    )  # its request has something to do
 
 
 class QueueLimit:
@@ -900,12 +1116,17 @@ class QueueLimit:
 class Publisher:
     """Puts messages into the queue, those that arrive together in one call.
 
-    A call costs nearly the same for ten messages as for one, so they share it as commits share a
-    write of a database's log: a message that finds no call under way goes at once, those that come
-    meanwhile wait and go together in the next. There is no timer and no thread: the request of a
-    batch's first message makes the call, gives every other its result, and hands the next batch on.
-    Further calls start while one is under way if a full batch waits, or a request in every thread
-    of the worker, so that none could join, or if the last call to start does not come back.
+    A call costs nearly the same for ten messages as for one, so messages that come while a call is
+    under way wait and go together in the next (group commit). There is no timer and no thread: the
+    request whose message is first in the line makes the call for its batch. A further call starts
+    beside the one under way when a full batch waits, when every request thread has a message, so
+    that none could join, or when the last call has taken STALL_SECONDS.
+
+    SQS counts as down (the circuit is open) when a call runs out of time while no other one was
+    answered, or when FAILURES calls in a row fail in a way that may pass. Messages are then refused
+    at once, but for one call at a time, with less time, that finds out whether SQS is back: first
+    the one that saw it go down, then one PROBE_SECONDS after the last. Any answer closes the
+    circuit.
 
     Messages for a FIFO queue go in the order in which they came, but one that is tried again comes
     after those that were sent with it. A client that waits for each answer sees its order kept.
@@ -913,37 +1134,36 @@ class Publisher:
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
     ATTEMPTS = 3
-    SECONDS = 5.0  # for a message to wait and to be tried again; a call then under way still ends
-    STALL_SECONDS = 0.25  # after which the others no longer wait for a call; it usually takes 0.03
+    SECONDS = 5.0  # for a message to wait for its calls; one that has begun still ends
+    STALL_SECONDS = 0.25  # a call usually takes 0.03
+    FAILURES = 10  # if three calls in ten fail by chance, as many in a row come once in 170,000
+    PROBE_SECONDS = 0.25
 
     def __init__(
         self,
         sqs: Any,
-        probe: Any,  # the client for one message while SQS is down
+        probe: Any,  # the same with less time for a call, while the circuit is open
         queue_url: str,
         calls_in_flight: int,
         threads: int,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
-        jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._sqs = sqs
-        self._probe = probe
-        self._queue_url = queue_url
+        self._sqs, self._probe, self._queue_url = sqs, probe, queue_url
         self.limit = QueueLimit(sqs, queue_url)
         self._fifo = queue_url.endswith(".fifo")
         self._calls_in_flight = 1 if self._fifo else calls_in_flight  # in order: one by one
         self._threads = threads
-        self._clock = clock
-        self._pause = pause
-        self._jitter = jitter
-        self._lock = threading.Lock()
+        self._clock, self._pause = clock, pause
+        self._lock = threading.Lock()  # of all that follows
         self._waiting: deque[Pending] = deque()
-        self._probing: list[Pending] | None = None  # the batch that is to find out if SQS is back
         self._under_way = 0  # calls,
         self._in_flight = 0  # with as many messages
-        self._started_at = 0.0  # the last call
-        self._circuit = Circuit(clock)
+        self._started_at = -math.inf  # the last call
+        self._failures = 0  # calls in a row
+        self._answered_at = -math.inf
+        self._open = False  # the circuit
+        self._opened_at = self._probe_at = 0.0
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
@@ -955,84 +1175,88 @@ class Publisher:
         if size > limit:
             reason = f"The message has {size} bytes, the queue takes {limit}."
             raise Refusal("message_too_large", reason)
-        pending = Pending(entry, size, self._clock() + self.SECONDS)
-        pending.wake.acquire()
+        pending = Pending(entry, size, message.request_id, self._clock() + self.SECONDS)
         with self._lock:
-            if self._circuit.open and not (self._may_start() and self._circuit.may_probe()):
+            if self._open and not self._may_start():
                 raise Refusal("queue_unavailable")
             self._waiting.append(pending)
-            self._start_call()
-        while (outcome := pending.outcome) is None:
-            if pending.call:
-                batch, pending.call = pending.call, None
+        while pending.outcome is None:
+            if batch := self._next_batch(pending):
                 self._send(batch)
-            elif not pending.wake.acquire(timeout=self._patience(pending)):
-                self._lose_patience(pending)
-        if isinstance(outcome, Refusal):
-            raise outcome
-        return outcome
+            elif not pending.outcome:
+                pending.look.wait(self.STALL_SECONDS)
+                pending.look.clear()
+        if isinstance(pending.outcome, Refusal):
+            raise pending.outcome
+        return pending.outcome
 
     def _may_start(self) -> bool:
-        """Whether a call may start beside those under way, which may hang while SQS is down."""
-        if self._circuit.open:
-            return not self._probing and self._under_way < self._calls_in_flight
-        waiting = len(self._waiting)
-        full = waiting >= self.MAX_ENTRIES or waiting + self._in_flight >= self._threads
-        stalled = self._clock() - self._started_at >= self.STALL_SECONDS
-        return self._under_way < (self._calls_in_flight if full or stalled else 1)
+        """Whether a call may start beside those under way. Locked."""
+        if self._under_way >= self._calls_in_flight:
+            return False
+        now = self._clock()
+        if self._open:
+            return now >= self._probe_at
+        with_message = len(self._waiting) + self._in_flight
+        return (
+            not self._under_way
+            or len(self._waiting) >= self.MAX_ENTRIES
+            or with_message >= self._threads
+            or now - self._started_at >= self.STALL_SECONDS
+        )
 
-    def _start_call(self) -> None:
-        """Hand the next batch to the request of its first message, if a call may start. Locked."""
-        if not self._waiting or not self._may_start():
-            return
-        batch, size = [self._waiting.popleft()], 0
-        while self._waiting and len(batch) < self.MAX_ENTRIES:
-            size += batch[-1].size
-            following = self._waiting[0]
-            if size + following.size > self.MAX_BYTES or following.alone or batch[0].alone:
-                break
-            batch.append(self._waiting.popleft())
-        if self._circuit.open:
-            self._probing = batch
-        self._under_way += 1
-        self._in_flight += len(batch)
-        self._started_at = self._clock()
-        for pending in batch:
-            pending.in_flight = True
-        batch[0].call = batch
-        self._rouse(batch[0])
+    def _next_batch(self, pending: Pending) -> list[Pending]:
+        """The batch that this message's request is to send now: its message is the first in it."""
+        with self._lock:
+            now, batch, size = self._clock(), list[Pending](), 0
+            if now >= pending.deadline and pending in self._waiting:
+                self._waiting.remove(pending)
+                pending.outcome = Refusal("queue_unavailable")
+                extra = {"cause": "out of time", "messages": 1, "request_ids": [pending.request_id]}
+                log.error("messages not sent", extra=extra)
+            elif self._waiting and self._waiting[0] is pending and self._may_start():
+                while self._waiting and len(batch) < self.MAX_ENTRIES:
+                    following = self._waiting[0]
+                    size += following.size
+                    if batch and (size > self.MAX_BYTES or following.alone or batch[0].alone):
+                        break
+                    batch.append(self._waiting.popleft())
+                self._under_way += 1
+                self._in_flight += len(batch)
+                self._started_at = now
+                self._probe_at = now + 1  # longer than a probe takes
+            self._rouse_first()
+            return batch
+
+    def _rouse_first(self) -> None:
+        """Tell the request that is to make the next call, if one may start. Locked."""
+        if self._waiting and self._may_start():
+            self._waiting[0].look.set()
 
     def _send(self, batch: list[Pending]) -> None:
-        """Make one call, settle its messages, and hand the next batch on whatever happens."""
+        """Make one call and settle its messages, whatever happens."""
         again: list[Pending] = []
         try:
             if batch[0].attempts:
-                self._pause((1 + self._jitter()) * 0.025 * 2 ** batch[0].attempts)
-            # Without those whose request has given up meanwhile.
-            sent, began = [p for p in batch if p.outcome is None], self._clock()
-            results = self._call(sent)
+                self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
+            began = self._clock()
+            results = self._call(batch)
             SQS_CALL_DURATION.observe(self._clock() - began)
-            SQS_BATCH_SIZE.observe(len(sent))
-            again = self._settle(sent, results, began)
+            SQS_BATCH_SIZE.observe(len(batch))
+            again = self._settle(batch, results, began)
         finally:
             with self._lock:
                 for pending in batch:
-                    pending.in_flight = False
                     if pending not in again:  # it has its outcome, unless this thread is dying
                         self._end(pending, Refusal("queue_unavailable"))
-                # In front, in their order.
-                self._waiting.extendleft(p for p in reversed(again) if p.outcome is None)
-                if self._probing is batch:
-                    self._probing = None
+                self._waiting.extendleft(reversed(again))  # in front, in their order
                 self._under_way -= 1
                 self._in_flight -= len(batch)
-                self._start_call()
-                if self._waiting:  # how long to wait depends on the calls under way
-                    self._rouse(self._waiting[0])
+                self._rouse_first()
 
     def _call(self, batch: list[Pending]) -> list[str | Exception]:
         """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
-        sqs = self._probe if self._circuit.open else self._sqs
+        sqs = self._probe if self._open else self._sqs
         try:
             if len(batch) == 1:
                 answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
@@ -1049,7 +1273,7 @@ class Publisher:
                 results[sent.get("Id")] = sent.get("MessageId", "")
             unknown = ValueError("the answer has no MessageId")
             return [results.get(str(n)) or unknown for n in range(len(batch))]
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
+        except Exception as error:  # an answer may be garbled in any way
             return [error] * len(batch)
 
     def _settle(
@@ -1060,10 +1284,10 @@ class Publisher:
         SQS_CALLS[label].inc()
         # One of them may be at fault: each is tried alone.
         together = len(batch) > 1 and all(result is results[0] for result in results)
-        again, now, failures = [], self._clock(), Counter[tuple[str, bool]]()
+        again, failures = list[Pending](), dict[tuple[str, bool], list[str]]()
         with self._lock:
-            # What sees SQS go down is tried once more, as the probe; what then fails is not.
-            may_retry = not self._circuit.open
+            # What saw SQS go down is tried once more, as the probe; a probe is not.
+            may_retry, now = not self._open, self._clock()
             for pending, result in zip(batch, results, strict=True):
                 pending.attempts += 1
                 if isinstance(result, str):
@@ -1073,8 +1297,8 @@ class Publisher:
                 pending.alone = pending.alone or (together and not temporary)
                 in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
                 may_pass = temporary or (together and not is_about_the_queue(result))
-                retried = may_pass and in_time and may_retry
-                failures[cause, retried] += 1
+                retried = may_retry and may_pass and in_time
+                failures.setdefault((cause, retried), []).append(pending.request_id)
                 if retried:
                     again.append(pending)
                 else:
@@ -1082,43 +1306,46 @@ class Publisher:
                     too_large = "must be shorter than" in cause
                     code = "message_too_large" if too_large else "queue_unavailable"
                     self._end(pending, Refusal(code))
-            if label in ("timeout", "unavailable"):
-                self._circuit.failed(label == "timeout", began, cause)
-            else:
-                self._circuit.answered()
-            while self._circuit.open and self._waiting:  # nobody waits any longer
-                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
-        for (cause, retried), count in failures.items():
-            level, text = (logging.WARNING, "; again") if retried else (logging.ERROR, "")
-            log.log(level, f"messages not sent{text}", extra={"cause": cause, "messages": count})
+            self._note(label, began, next(iter(failures), ("", False))[0])
+        for (cause, retried), ids in failures.items():
+            level, text = (
+                (logging.WARNING, "; they are tried again") if retried else (logging.ERROR, "")
+            )
+            extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
+            log.log(level, f"messages not sent{text}", extra=extra)
         return again
 
     def _end(self, pending: Pending, outcome: str | Refusal) -> None:
         if pending.outcome is None:
             pending.outcome = outcome
-            self._rouse(pending)
+            pending.look.set()
 
-    def _patience(self, pending: Pending) -> float:
-        """How many seconds a request waits before it looks after its message itself."""
-        end = pending.deadline
-        may_start = self._under_way < self._calls_in_flight and not self._circuit.open
-        if may_start and not pending.in_flight:
-            end = min(end, self._started_at + self.STALL_SECONDS)
-        return max(0, end - self._clock())
-
-    def _lose_patience(self, pending: Pending) -> None:
-        with self._lock:
-            if self._clock() < pending.deadline:
-                self._start_call()
-            elif pending.outcome is None and pending.call is None:
-                self._end(pending, Refusal("queue_unavailable"))
-                if not pending.in_flight:  # else it may get into the queue all the same
-                    self._waiting.remove(pending)
-                    log.error("messages not sent", extra={"cause": "out of time", "messages": 1})
-
-    def _rouse(self, pending: Pending) -> None:
-        if pending.wake.locked():
-            pending.wake.release()
+    def _note(self, label: str, began: float, cause: str) -> None:
+        """Open or close the circuit after a call that began then. Locked."""
+        now = self._clock()
+        if label not in ("timeout", "unavailable"):
+            self._failures, self._answered_at = 0, now
+            if self._open:
+                self._open = False
+                SQS_CIRCUITS_OPEN.set(0)
+                log.warning(
+                    "SQS is back; circuit closed",
+                    extra={"seconds": round(now - self._opened_at, 1)},
+                )
+            return
+        self._failures += 1
+        silent = label == "timeout" and self._answered_at < began
+        if self._open:
+            self._probe_at = now + self.PROBE_SECONDS
+        elif silent or self._failures >= self.FAILURES:
+            self._open, self._opened_at, self._probe_at = True, now, now
+            SQS_CIRCUITS_OPEN.set(1)
+            log.error(
+                "SQS is down; circuit open, messages are refused until it answers",
+                extra={"cause": cause},
+            )
+            while self._waiting:  # nobody waits any longer
+                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -1148,6 +1375,13 @@ _DOCS_POLICY = (
 )
 
 
+def header_text(value: str) -> str:
+    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is."""
+    with suppress(UnicodeDecodeError):
+        value = value.encode("latin-1").decode()
+    return value.strip()
+
+
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
     return Response(json.dumps(body), status, mimetype="application/json")
 
@@ -1157,198 +1391,64 @@ def openapi_document() -> str:
     return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
 
 
+@functools.cache  # so that clients who are slow to take it share one copy
+def docs_file(name: str) -> bytes:
+    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
+
+
 class Service(Flask):
-    """Flask, with routes found by path and method alone.
+    """The WSGI application. Its routes are found by path and method alone.
 
     Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
     """
+
+    def __init__(self, settings: Settings, tokens: TokenStore, publisher: Publisher) -> None:
+        super().__init__(__name__, static_folder=None)
+        self.settings, self.tokens, self.publisher = settings, tokens, publisher
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
+        self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
+        self.post("/process")(self.process)
+        self.get("/health")(self.health)
+        self.get("/ready")(self.ready)
+        self.get("/metrics")(self.metrics)
+        self.get("/")(self.index)
+        self.get("/openapi.json")(self.openapi)
+        self.get("/docs")(self.docs)
+        self.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")(self.docs_asset)
+        self.before_request(self.begin)
+        self.after_request(self.finish)
+        self.register_error_handler(Exception, self.refused)
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         if request is None:
             return None
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
-
-def create_app(
-    settings: Settings | None = None,
-    ssm: Any = None,
-    sqs: Any = None,
-    clock: Callable[[], float] = time.monotonic,
-    pause: Callable[[float], None] = time.sleep,
-) -> Flask:
-    """The WSGI application.
-
-    Without settings they are read from the environment (SettingsError); without clients, boto3's
-    are made. No call to AWS is made and no thread started before the first request.
-    """
-    settings = settings or Settings.from_environ(os.environ)
-    tokens = TokenStore(
-        ssm or aws_client("ssm", settings),
-        settings.token_ssm_parameter,
-        settings.token_cache_seconds,
-        clock,
-    )
-    publisher = Publisher(
-        sqs or aws_client("sqs", settings, read=3),
-        # Nobody is to wait longer than a second for an SQS that is down.
-        sqs or aws_client("sqs", settings, connect=0.3, read=0.6),
-        settings.sqs_queue_url,
-        settings.sqs_calls_in_flight,
-        settings.gunicorn_threads,
-        clock,
-        pause,
-    )
-    deadline = RequestDeadline(settings.body_timeout_seconds)
-
-    def warm_up() -> None:
+    def warm_up(self) -> None:
         """See the token and the queue, so that a later outage finds every worker knowing both."""
-        tokens.refresh_if_old()
+        self.tokens.refresh_if_old()
         with suppress(Refusal):  # it is logged, and the first request tries again
-            publisher.limit.bytes()
-
-    app = Service(__name__, static_folder=None)
-    # For gunicorn.conf.py: to watch a request from its first byte on, and a worker's first step.
-    app.extensions |= {"deadline": deadline, "warm_up": warm_up}
-    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-    app.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
-
-    def take_message() -> str:
-        """Read, check and publish what the request brings; the MessageId."""
-        body = read_body(settings.max_request_bytes, deadline)
-        if not request.is_json:
-            raise Refusal("unsupported_media_type")
-        members, text = parse_request(body)
-        token = members.get("token")
-        if token is None or token == "":
-            raise Refusal("token_required")
-        if not isinstance(token, str) or not tokens.accepts(token):
-            raise Refusal("invalid_token")
-        validate_data(members.get("data"))
-        return publisher.publish(
-            Message(
-                body=ascii_json(data_text(text)),
-                request_id=g.line["request_id"],
-                idempotency_key=request.environ.get("HTTP_IDEMPOTENCY_KEY", "").strip(),
-                trace_header=g.trace_header,
-            )
-        )
-
-    @app.post("/process")
-    def process() -> Response:
-        begin = time.perf_counter()
-        REQUESTS_IN_FLIGHT.inc()
-        try:
-            message_id = g.line["message_id"] = take_message()
-        finally:
-            REQUESTS_IN_FLIGHT.dec()
-            REQUEST_DURATION.observe(time.perf_counter() - begin)
-        return json_response(
-            {
-                "status": "success",
-                "message": "Email data processed and queued",
-                "message_id": message_id,
-            }
-        )
-
-    @app.get("/health")
-    def health() -> Response:
-        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
-        return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
-
-    @app.get("/ready")
-    def ready() -> Response:
-        if not tokens.ready:
-            tokens.refresh_if_old()
-        missing = {}
-        if not tokens.ready:
-            reason = tokens.problem or "SSM has no parameter of the configured name"
-            missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
-        try:
-            publisher.limit.bytes()
-        except Refusal:
-            missing["queue_unavailable"] = f"The queue was not seen yet: {publisher.limit.problem}"
-        if missing:
-            raise Refusal(next(iter(missing)), "; ".join(missing.values()))
-        return json_response({"status": "ready", "service": SERVICE})
-
-    @app.get("/metrics")
-    def metrics() -> Response:
-        return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
-
-    @app.get("/")
-    def index() -> Response:
-        endpoints = sorted(
-            f"{method} {rule.rule}"
-            for rule in app.url_map.iter_rules()
-            if not rule.arguments
-            for method in (rule.methods or set()) - {"HEAD"}
-        )
-        return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
-
-    @app.get("/openapi.json")
-    def openapi() -> Response:
-        return Response(openapi_document(), mimetype="application/json")
-
-    @app.get("/docs")
-    def docs() -> Response:
-        return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
-
-    @app.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")
-    def docs_asset(asset: str) -> Response:
-        kind = "text/css" if asset.endswith(".css") else "text/javascript"
-        content = (files("flask_swagger_ui") / "dist" / asset).read_bytes()
-        return Response(content, mimetype=kind, headers={"Cache-Control": "max-age=3600"})
-
-    @app.errorhandler(Exception)
-    def refused(error: Exception) -> Response:
-        headers = {}
-        if isinstance(error, Refusal):
-            refusal = error
-        elif isinstance(error, NotFound):
-            refusal = Refusal("not_found")
-        elif isinstance(error, MethodNotAllowed):
-            refusal = Refusal("method_not_allowed")
-            headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
-        elif isinstance(error, HTTPException) and (error.code or 500) < 500:
-            refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
-        else:
-            refusal = Refusal("internal_error")
-            log.error("unforeseen error", exc_info=error)
-        if refusal.status == 503:
-            headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-        g.line["error"] = refusal.code
-        response = json_response(refusal.body(g.line["request_id"]), refusal.status)
-        response.headers.update(headers)
-        return response
+            self.publisher.limit.bytes()
 
     # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
 
-    @app.before_request
-    def begin() -> None:
+    def begin(self) -> None:
         environ = request.environ
-        g.trace_header, trace_id = trace_of(
-            environ.get("HTTP_X_AMZN_TRACE_ID", ""), environ.get("HTTP_TRACEPARENT", "")
-        )
+        g.trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
         # The request's log line, gathered on the way.
         request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
         g.line = {"request_id": request_id, "trace_id": trace_id}
         g.started = time.perf_counter()
         g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
-        sock = environ.get("gunicorn.socket")
-        if g.body_read and sock and deadline.stop(sock):
-            environ["wsgi.input"].force_close()  # as in read_body
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise Refusal("not_found")  # Werkzeug would take //process for /process
 
-    @app.after_request
-    def finish(response: Response) -> Response:
+    def finish(self, response: Response) -> Response:
         environ, line = request.environ, g.line
         if not g.body_read:
             # Unread bytes would be taken for the next request on this connection.
             with suppress(Refusal):
-                read_body(0, deadline)
-        if sock := environ.get("gunicorn.socket"):
-            deadline.answer(sock)
+                read_body(0)
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
         duration = time.perf_counter() - g.started
@@ -1363,7 +1463,140 @@ def create_app(
         )
         return response
 
-    return app
+    def process(self) -> Response:
+        begin = time.perf_counter()
+        REQUESTS_IN_FLIGHT.inc()
+        try:
+            message_id = g.line["message_id"] = self.take_message()
+        finally:
+            REQUESTS_IN_FLIGHT.dec()
+            REQUEST_DURATION.observe(time.perf_counter() - begin)
+        return json_response(
+            {
+                "status": "success",
+                "message": "Email data processed and queued",
+                "message_id": message_id,
+            }
+        )
+
+    def take_message(self) -> str:
+        """Read, check and publish what the request brings; the MessageId."""
+        body = read_body(self.settings.max_request_bytes)
+        check_media_type(request)
+        members, text = parse_request(body)
+        token = members.get("token")
+        if token is None or token == "":
+            raise Refusal("token_required")
+        if not isinstance(token, str) or not self.tokens.accepts(token):
+            raise Refusal("invalid_token")
+        validate_data(members.get("data"))
+        return self.publisher.publish(
+            Message(
+                body=ascii_json(data_text(text)),
+                request_id=g.line["request_id"],
+                idempotency_key=header_text(request.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
+                trace_header=g.trace_header,
+            )
+        )
+
+    def health(self) -> Response:
+        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+        return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
+
+    def ready(self) -> Response:
+        if not self.tokens.ready:
+            self.tokens.refresh_if_old()
+        missing = {}
+        if not self.tokens.ready:
+            reason = self.tokens.problem or "SSM has no parameter of the configured name"
+            missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
+        try:
+            self.publisher.limit.bytes()
+        except Refusal:
+            missing["queue_unavailable"] = (
+                f"The queue was not seen yet: {self.publisher.limit.problem}"
+            )
+        if missing:
+            raise Refusal(next(iter(missing)), "; ".join(missing.values()))
+        return json_response({"status": "ready", "service": SERVICE})
+
+    def metrics(self) -> Response:
+        return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    def index(self) -> Response:
+        endpoints = sorted(
+            f"{method} {rule.rule}"
+            for rule in self.url_map.iter_rules()
+            if not rule.arguments
+            for method in (rule.methods or set()) - {"HEAD"}
+        )
+        return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
+
+    def openapi(self) -> Response:
+        return Response(openapi_document(), mimetype="application/json")
+
+    def docs(self) -> Response:
+        return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
+
+    def docs_asset(self, asset: str) -> Response:
+        kind = "text/css" if asset.endswith(".css") else "text/javascript"
+        return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
+
+    def refused(self, error: Exception) -> Response:
+        headers = {}
+        if isinstance(error, Refusal):
+            refusal = error
+        elif isinstance(error, NotFound):
+            refusal = Refusal("not_found")
+        elif isinstance(error, MethodNotAllowed):
+            refusal = Refusal("method_not_allowed")
+            headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        elif isinstance(error, HTTPException) and (error.code or 500) < 500:
+            refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
+        else:
+            refusal = Refusal("internal_error")
+            log.error("unhandled exception", exc_info=error)
+        if refusal.status == 503:
+            headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        elif refusal.status == 401:
+            headers["WWW-Authenticate"] = AUTHENTICATE
+        g.line["error"] = refusal.code
+        response = json_response(refusal.body(g.line["request_id"]), refusal.status)
+        response.headers.update(headers)
+        return response
+
+
+def create_app(
+    settings: Settings | None = None,
+    ssm: Any = None,
+    sqs: Any = None,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> Service:
+    """The WSGI application.
+
+    Without settings they are read from the environment (SettingsError). Tests bring clients: those
+    of boto3, or anything with their methods. No call to AWS is made and no thread started before
+    the first request.
+    """
+    settings = settings or Settings.from_environ(os.environ)
+    credentials = Credentials()
+    ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
+    probe = sqs  # whoever brings a client decides how long its calls take
+    if sqs is None:
+        sqs = AwsClient("sqs", settings.aws_region, credentials)
+        probe = sqs.within(0.75)  # nobody is to wait longer than a second for an SQS that is down
+    tokens = TokenStore(ssm, settings.token_ssm_parameter, settings.token_cache_seconds, clock)
+    publisher = Publisher(
+        sqs,
+        probe,
+        settings.sqs_queue_url,
+        settings.sqs_calls_in_flight,
+        settings.gunicorn_threads,
+        clock,
+        pause,
+    )
+    return Service(settings, tokens, publisher)
 
 
 # --- Local server ---------------------------------------------------------------------------------
@@ -1387,20 +1620,24 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         "AWS_REGION": settings.aws_region,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
-        "NO_PROXY": host,
+        # Nothing of a developer's own configuration may lead past the emulator.
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "*",
     }
-    # Nothing of a developer's own AWS configuration may lead past the emulator.
-    for variable in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[variable]
+    for name in list(os.environ):
+        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
+            del os.environ[name]
     os.environ.update(aws)
-    # The emulator's first answers take seconds on a busy machine; so a try may come twice.
-    aws_client("ssm", settings, read=30).put_parameter(
+    session = boto3.Session(region_name=settings.aws_region)
+    session.client("ssm").put_parameter(
         Name=settings.token_ssm_parameter[0],
         Value=EXAMPLE_TOKEN,
         Type="SecureString",
         Overwrite=True,
     )
-    queue = aws_client("sqs", settings, read=30).create_queue(QueueName="dev-CP-queue")
+    queue = session.client("sqs").create_queue(QueueName="dev-CP-queue")
     return {**aws, "SQS_QUEUE_URL": queue["QueueUrl"]}
 
 
@@ -1430,8 +1667,28 @@ Stop it with Ctrl-C.
 """
 
 
+def listen(port: int) -> socket.socket:
+    """A socket for IPv4 and IPv6, where the machine has both. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def serve_without_gunicorn(settings: Settings) -> None:
+    logging.config.dictConfig(logging_config(settings.log_level))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request once more
+    with listen(settings.port) as sock:
+        host, app = sock.getsockname()[0], create_app(settings)
+        server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
 def main() -> None:
-    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset."""
+    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset.
+
+    Gunicorn needs POSIX. Elsewhere Flask's own server takes its place.
+    """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
     try:
         settings = Settings.from_environ(
@@ -1439,20 +1696,25 @@ def main() -> None:
         )
     except SettingsError as error:
         sys.exit(str(error))
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", settings.port))
-        except OSError as error:
-            sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
-    if not embedded:
+    try:
+        listen(settings.port).close()
+    except OSError as error:
+        sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
+    posix = find_spec("fcntl") is not None
+    if posix and not embedded:
         os.chdir(PROJECT)
         os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
-    try:
-        os.environ.update(start_embedded_aws(settings))
-    except ImportError:
-        sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
-    settings = Settings.from_environ(os.environ)
+    if embedded:
+        try:
+            os.environ.update(start_embedded_aws(settings))
+        except ImportError:
+            sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
+        settings = Settings.from_environ(os.environ)
+    if not posix:
+        if embedded:
+            print(explain_embedded_aws(settings), flush=True)
+        serve_without_gunicorn(settings)
+        return
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt

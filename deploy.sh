@@ -9,82 +9,67 @@ Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
   ./deploy.sh 111122223333.dkr.ecr.us-west-1.amazonaws.com 111122223333
 
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
-image tagged by the commit, applies k8s/ and waits until it runs, or else goes back to what ran
-before. It can be run again at any time: only what differs is changed, and an option that is left
-out keeps the value of the last run; --context, --platform, --timeout and --check are not kept.
+image tagged by the commit, applies k8s/ and waits until it runs, or else goes back to what ran before.
+Run it again at any time: only what differs is changed, and an option that is left out keeps its value
+(but --context, --platform, --timeout and --check).
 
 Instead of deploying:
   --dry-run               check everything and say what would be done; nothing is changed
   --render                print the manifests as they would be applied, for kubectl apply -f -
-                          (where the AWS command line is not installed: those of a first run)
+                          (where the AWS CLI is not installed: those of a first run)
   --delete                remove all that was made here. Queues stay, with their messages
-  --delete-queues         with --delete: remove the queues that the stack made, too
 
 Options (with the value of the first run):
   --region REGION         the region (AWS_REGION, else us-west-1)
-  --environment NAME      a further deployment in the account, as the stack email-processor-NAME, with
-                          a cluster of its own
+  --environment NAME      a further deployment in the account, with a cluster of its own
   --cluster NAME          the EKS cluster (dev-CP-EKS-CLUSTER)
-  --context NAME          reach the cluster through this context of your kubeconfig (by default one
-                          is made for this run alone)
+  --context NAME          reach the cluster through this context of your kubeconfig
   --queue-name NAME       the SQS queue (dev-CP-queue)
   --create-queue          make it, with a dead-letter queue (by default it must exist)
-  --dead-letter-queue NAME
-                          its dead-letter queue, for the alarm (of a queue that exists, the one in its
-                          redrive policy; else the queue's name with -dlq after it)
   --certificate-arn ARN   serve HTTPS with this ACM certificate; none goes back to HTTP (HTTP)
   --token-parameter NAME  the SSM parameter that holds the token, or several, separated by commas
                           (/email-service/api-token; /email-service/NAME/api-token with --environment)
-  --token-key-arn ARN     the KMS key that encrypts it, unless it is AWS's own
-  --rate-limit NUMBER     requests that one address may send in 5 minutes (2000)
-  --alarm-email ADDRESS   where alarms go (nowhere)
+  --parameter KEY=VALUE   AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName, as the template
+                          infra/email-processor.yaml describes them. May be given several times
   --platform PLATFORM     what the nodes run (linux/amd64)
-  --timeout SECONDS       how long to wait for the ALB, for its first answer to --check, or for each
-                          removal from the cluster (300); a roll-out may take any time, as long as it
-                          goes on
-  --check URL             run ./test.sh against URL before the rights of what ran before are taken
-                          away, and undo the roll-out if it fails; alb stands for the ALB's own host,
-                          which does for HTTP alone (no check)
+  --timeout SECONDS       how long to wait for the ALB, for its first answer to --check, and for each
+                          removal (300). A roll-out may take any time, as long as it goes on
+  --check URL             run ./test.sh against URL when the new pods serve, and undo the roll-out if
+                          it fails; alb stands for the ALB's own host, which does for HTTP alone
 
-Environment:
-  API_TOKEN   the token, if the parameter has to be made. Without it you are asked, which keeps the
-              token out of the environment and the shell's history; if you answer nothing, or without
-              a terminal at the first run, one is made up
-  AWS_*, DOCKER_*, KUBECONFIG   as for these tools
+API_TOKEN holds the token, if the parameter has to be made. Without it you are asked. If you answer
+nothing, or there is no terminal at the first run, a random one is made.
 
-Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument.
+Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument, 130 when interrupted.
 HELP
 }
 
-name=email-processor # of the stack, the repository, the namespace and what is in it
-manifests_folder=k8s template=infra/email-processor.yaml
-default_token=/email-service/api-token # the application's
-# What the image is made of; the tag of a changed checkout is made from it.
-image_files=(.dockerignore Dockerfile app.py gunicorn.conf.py openapi.yaml requirements.txt)
-
 # --- Helpers ----------------------------------------------------------------------------------------
 
-die() {
-  echo "deploy.sh: $1" >&2
-  exit "${2:-1}"
-}
+die() { echo "deploy.sh: $1" >&2; exit "${2:-1}"; }
+say() { printf '      %s\n' "$1"; }
+problem() { problems+=("$1"); }
+kube() { kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"; }
+# Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
+sqs() { aws sqs ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"} "$@"; }
+# The last line that a tool complained with; run it with 2>"$work/error" before.
+complaint() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
+# Runs a command, or ends the run with this text and the command's complaint.
+must() { "${@:2}" 2>"$work/error" || die "$1 ($(complaint)). Run this again."; }
+# Says what it is given line by line; sed would keep it until there is much of it.
+indent() { while IFS= read -r line; do say "$line"; done; }
 
 step() {
   number=$((number + 1))
   printf '[%d/%d] %d:%02d %s\n' "$number" "$steps" $((SECONDS / 60)) $((SECONDS % 60)) "$1"
 }
 
-say() {
-  printf '      %s\n' "$1"
-}
-
-problem() {
-  problems+=("$1")
-}
-
-# The last line that a tool complained with; run it with 2>"$work/error" before.
-complaint() {
-  grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true
+# Sets answer to what a command prints, or notes a problem: this text, and the command's complaint.
+ask() {
+  answer=$("${@:2}" 2>"$work/error") || {
+    problem "$1 ($(complaint))."
+    return 1
+  }
 }
 
 # Runs a tool that has much to say; its last lines are shown only when it fails.
@@ -95,13 +80,17 @@ quietly() {
   }
 }
 
-# Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
-sqs() {
-  aws sqs ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"} "$@"
+wait_until() {
+  local end=$((SECONDS + timeout))
+  until "$@" 2>"$work/error"; do
+    [ "$SECONDS" -lt "$end" ] || return 1
+    sleep 5
+  done
 }
 
-kube() {
-  kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"
+# A value of the stack, or of what runs in the cluster. Emulators of AWS print a list in brackets.
+value_of() {
+  awk -F '\t' -v key="$1" '$1 == key { gsub(/[]\[ \047]/, "", $2); print $2 }' <<<"$stack_values"$'\n'"$running"
 }
 
 # --- Arguments --------------------------------------------------------------------------------------
@@ -109,288 +98,200 @@ kube() {
 read_arguments() {
   local arguments=() option
   while [ $# -gt 0 ]; do
-    option=$1
-    shift
-    case $option in
-      -h | --help)
-        usage
-        exit
-        ;;
+    case $1 in
+      -h | --help) usage; exit ;;
       --dry-run | --render | --delete)
         [ "$mode" = deploy ] || die "Only one of --dry-run, --render and --delete can be done at once; see --help." 2
-        mode=${option#--}
-        continue
+        mode=${1#--}
         ;;
-      --delete-queues)
-        delete_queues=yes
-        continue
+      --create-queue) create_queue=true ;;
+      --region | --environment | --cluster | --context | --queue-name | --certificate-arn | \
+        --token-parameter | --parameter | --platform | --timeout | --check)
+        [[ ${2-} == [!-]* ]] || die "$1 needs a value; see --help." 2
+        option=${1#--}
+        printf -v "${option//-/_}" %s "$2"
+        [ "$option" != parameter ] || parameters+=("$2")
+        shift
         ;;
-      --create-queue)
-        create_queue=true
-        continue
-        ;;
-      --region | --environment | --cluster | --context | --queue-name | --dead-letter-queue | \
-        --certificate-arn | --token-parameter | --token-key-arn | --rate-limit | --alarm-email | --platform | --timeout | --check)
-        [ $# -gt 0 ] && [[ $1 == [!-]* ]] || die "$option needs a value; see --help." 2
-        ;;
-      -*) die "Unknown option '$option'; see --help." 2 ;;
-      *)
-        arguments+=("$option")
-        continue
-        ;;
-    esac
-    case $option in
-      --region) region=$1 ;;
-      --environment) environment=$1 ;;
-      --cluster) cluster=$1 ;;
-      --context) context=$1 ;;
-      --queue-name) queue_name=$1 ;;
-      --dead-letter-queue) dead_letter_queue=$1 ;;
-      --certificate-arn) certificate_arn=$1 ;;
-      --token-parameter) token_parameter=${1//[[:space:]]/} ;;
-      --token-key-arn) token_key_arn=$1 ;;
-      --rate-limit) rate_limit=$1 ;;
-      --alarm-email) alarm_email=$1 ;;
-      --platform) platform=$1 ;;
-      --timeout) timeout=$1 ;;
-      --check) check=$1 ;;
+      -*) die "Unknown option '$1'; see --help." 2 ;;
+      *) arguments+=("$1") ;;
     esac
     shift
   done
-  [ ${#arguments[@]} -eq 2 ] ||
-    die "ECR_REGISTRY and AWS_ACCOUNT_ID are needed, and nothing more; see --help." 2
-  registry=${arguments[0]} account=${arguments[1]}
+  [ ${#arguments[@]} -eq 2 ] || die "ECR_REGISTRY and AWS_ACCOUNT_ID are needed, and nothing more; see --help." 2
+  registry=${arguments[0]} account=${arguments[1]} token_parameter=${token_parameter//[[:space:]]/}
 }
 
-# Refuses a value that does not look like one. All of them end in commands and manifests.
+# Refuses a value that does not look like one: they end in commands and manifests.
 check_value() {
   [[ $2 =~ ^($3)$ ]] || die "$1 '$2' is not $4; see --help." 2
 }
 
 check_arguments() {
-  local arn='arn:aws[a-z-]*' queue='([A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)?'
-  check_value ECR_REGISTRY "$registry" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?' \
-    "a registry's host name, such as 111122223333.dkr.ecr.us-west-1.amazonaws.com"
+  local each names='(/[A-Za-z0-9_.-]+)+'
+  check_value ECR_REGISTRY "$registry" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?' "a registry's host name"
   check_value AWS_ACCOUNT_ID "$account" '[0-9]{12}' "an account's 12 digits"
   check_value --region "$region" '[a-z]{2}(-[a-z]+)+-[0-9]+' "a region such as us-west-1"
-  check_value --environment "$environment" '([a-z0-9]+(-[a-z0-9]+)*)?' \
-    "a short name of small letters, digits and hyphens"
+  check_value --environment "$environment" '([a-z0-9]+(-[a-z0-9]+)*)?' "small letters, digits and hyphens"
   check_value --cluster "$cluster" '([A-Za-z0-9][A-Za-z0-9_-]{0,99})?' "a cluster's name"
-  check_value --queue-name "$queue_name" "$queue" "a queue's name"
-  check_value --dead-letter-queue "$dead_letter_queue" "$queue" "a queue's name"
-  check_value --certificate-arn "$certificate_arn" "(none|$arn:acm:$region:[0-9]{12}:certificate/[a-zA-Z0-9-]+)?" \
+  check_value --queue-name "$queue_name" '([A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)?' "a queue's name"
+  check_value --certificate-arn "$certificate_arn" "(none|arn:[a-z-]+:acm:$region:[0-9]{12}:certificate/[A-Za-z0-9-]+)?" \
     "the ARN of an ACM certificate in $region, or none"
-  check_value --token-parameter "$token_parameter" '(/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*(,/[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*)*)?' \
-    "a parameter's name such as $default_token, or several, separated by commas"
-  check_value --token-key-arn "$token_key_arn" "($arn:kms:[a-z0-9-]+:[0-9]{12}:key/[a-zA-Z0-9-]+)?" "the ARN of a KMS key"
-  check_value --rate-limit "$rate_limit" '([1-9][0-9]{1,8})?' "a number of 10 or more"
-  check_value --alarm-email "$alarm_email" '([^[:space:]@]+@[^[:space:]@]+)?' "an address"
+  check_value --token-parameter "$token_parameter" "($names(,$names)*)?" \
+    "a parameter's name such as /email-service/api-token, or several, separated by commas"
   check_value --platform "$platform" 'linux/[a-z0-9/]+' "a platform such as linux/arm64"
   check_value --timeout "$timeout" '[1-9][0-9]{0,4}' "a number of seconds"
   check_value --check "$check" '(alb|https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^[:space:]]*)?)?' "a URL, or alb"
-  [[ $check != alb || $certificate_arn != arn:* ]] ||
-    die "--check alb does for HTTP alone: the certificate is the domain's; give --check https://DOMAIN." 2
+  # The template checks the value, but the AWS CLI passes over a key that the template does not have.
+  for each in ${parameters[@]+"${parameters[@]}"}; do
+    check_value --parameter "$each" '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' \
+      "AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName with = and a value"
+  done
   [[ $create_queue = false || $queue_name != *.fifo ]] ||
     die "--create-queue makes standard queues; make $queue_name yourself, and leave the option out." 2
-  [ "$delete_queues" = no ] || [ "$mode" = delete ] || die "--delete-queues goes with --delete; see --help." 2
 }
 
 # --- Checks, before anything is changed -------------------------------------------------------------
 
 check_tools() {
-  local tool tools=(aws=https://aws.amazon.com/cli kubectl=https://kubernetes.io/docs/tasks/tools)
-  [ "$mode" = delete ] || tools+=(docker=https://docs.docker.com/engine/install git=https://git-scm.com)
-  [ -z "$check" ] || tools+=(curl=https://curl.se)
-  for tool in "${tools[@]}"; do
-    command -v "${tool%%=*}" >/dev/null || problem "${tool%%=*} is missing: install it (${tool#*=})."
+  local tool
+  for tool in aws kubectl $([ "$mode" = delete ] || echo docker git) ${check:+curl}; do
+    command -v "$tool" >/dev/null || problem "$tool is missing: install it."
   done
   [ "$mode" != delete ] || return 0
-  if command -v docker >/dev/null; then
-    if ! docker info >/dev/null 2>"$work/error"; then
-      problem "docker does not reach its engine ($(complaint)): start it."
-    elif ! docker buildx version >/dev/null 2>&1; then
-      problem "docker has no buildx: install it (https://github.com/docker/buildx#installing)."
-    fi
+  if command -v docker >/dev/null && ask "docker does not reach its engine: start it" docker info; then
+    ask "docker has no buildx: install it" docker buildx version || true
   fi
-  ! command -v git >/dev/null || find_tag || problem "$PWD is no git checkout ($(complaint)): deploy from a clone."
-  [ -r "$template" ] && [ -r "$manifests_folder/deployment.yaml" ] ||
-    problem "$template or $manifests_folder/ is missing: restore them with git checkout $template $manifests_folder."
-}
-
-# Sets tag: the commit, for a changed checkout what the image is made of, and the platform if it is
-# not the usual one, because the repository's tags are immutable.
-find_tag() {
-  local changes
-  tag=$(git rev-parse --short=12 HEAD 2>"$work/error") || return 1
-  changes=$(git --no-optional-locks status --porcelain 2>"$work/error") || return 1
-  [ -z "$changes" ] ||
-    tag+="-dirty-$(cat "${image_files[@]}" | git hash-object --stdin | cut -c 1-12)"
-  [ "$platform" = linux/amd64 ] || tag+=-${platform##*/}
+  ! command -v git >/dev/null || ! ask "$PWD is no git checkout: deploy from a clone" git rev-parse HEAD || find_tag
+  [[ ! $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com ]] ||
+    [ "${BASH_REMATCH[1]}.${BASH_REMATCH[2]}" = "$account.$region" ] ||
+    problem "The registry $registry is not the one of account $account in $region: correct ECR_REGISTRY, AWS_ACCOUNT_ID or --region."
 }
 
 check_credentials() {
   command -v aws >/dev/null || return 1
-  of=$(aws sts get-caller-identity --query Account --output text 2>"$work/error") || {
-    problem "AWS does not say whose the credentials are ($(complaint)): run aws sso login or aws configure, or set AWS_PROFILE; if it was not reached, check the network and AWS_ENDPOINT_URL."
+  ask "AWS does not say whose the credentials are: run aws sso login or aws configure, or set AWS_PROFILE; if it was not reached, check the network and AWS_ENDPOINT_URL" \
+    aws sts get-caller-identity --query '[Account, Arn]' --output text || return 1
+  partition=${answer#*arn:} partition=${partition%%:*} answer=${answer%%[[:space:]]*}
+  [ "$answer" = "$account" ] || {
+    problem "The AWS credentials are of account $answer, not $account: set AWS_PROFILE, or correct AWS_ACCOUNT_ID."
     return 1
   }
-  [ "$of" = "$account" ] || {
-    problem "The AWS credentials are of account $of, not $account: set AWS_PROFILE, or correct AWS_ACCOUNT_ID."
-    return 1
-  }
-}
-
-check_registry() {
-  [[ $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com ]] || return 0
-  [ "${BASH_REMATCH[1]}" = "$account" ] && [ "${BASH_REMATCH[2]}" = "$region" ] ||
-    problem "The registry $registry is not the one of account $account in $region: correct ECR_REGISTRY, AWS_ACCOUNT_ID or --region."
 }
 
 # Sets stack_status to the stack's state, "" if there is none, and stack_values to lines of names and
-# values: the parameters of the last run, and the outputs.
+# values: the parameters of the last run, and the outputs. Sets cluster, too, unless it is given.
 read_stack() {
-  stack_status="" stack_values=""
   stack_values=$(aws cloudformation describe-stacks --stack-name "$stack" --output text --query 'Stacks[0].[
-    [[StackStatus]], Parameters[].[ParameterKey, ParameterValue], Outputs[].[OutputKey, OutputValue]][]' \
-    2>"$work/error") || {
-    grep -q 'does not exist' "$work/error"
-    return
-  }
+    [[StackStatus]], Parameters[].[ParameterKey, ParameterValue], Outputs[].[OutputKey, OutputValue]][]') ||
+    grep -q 'does not exist' "$work/error" || return 1
   stack_status=${stack_values%%$'\n'*}
   # All that a first deployment leaves which was refused at once.
   [ "$stack_status" != REVIEW_IN_PROGRESS ] || stack_status=""
-}
-
-value_of() {
-  awk -F '\t' -v key="$1" '$1 == key { print $2 }' <<<"$stack_values"
+  cluster=${cluster:-$(value_of ClusterName)}
 }
 
 check_stack() {
-  read_stack || problem "AWS does not show the stack $stack ($(complaint)): get the permission cloudformation:DescribeStacks."
-  case $stack_status in
-    ROLLBACK_COMPLETE | ROLLBACK_FAILED | DELETE_FAILED)
-      [ "$mode" = delete ] ||
-        problem "The stack $stack is in state $stack_status and cannot be updated: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
+  local state="The stack $stack is in state $stack_status"
+  case $mode:$stack_status in
+    *_IN_PROGRESS) problem "$state: wait until the other deployment has ended, and run this again." ;;
+    delete:*) ;;
+    *:ROLLBACK_COMPLETE | *:ROLLBACK_FAILED | *:DELETE_FAILED)
+      problem "$state: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
       ;;
-    UPDATE_ROLLBACK_FAILED)
-      [ "$mode" = delete ] ||
-        problem "The stack $stack is in state $stack_status: see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
-      ;;
-    *_IN_PROGRESS)
-      problem "The stack $stack is in state $stack_status: wait until the other deployment has ended, and run this again."
+    *:UPDATE_ROLLBACK_FAILED)
+      problem "$state: see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
       ;;
   esac
 }
 
-# Options that were not given: as in the last run, else as in --help. A run that broke off while the
-# queue changed leaves two: last_queue is the one that is not asked for now.
-complete_options() {
-  last_cluster=$(value_of ClusterName)
-  cluster=${cluster:-${last_cluster:-dev-CP-EKS-CLUSTER}}
-  last_queue=$(value_of FormerQueueName)
-  [ -n "$last_queue" ] && [ "$last_queue" != "$queue_name" ] || last_queue=$(value_of QueueName)
-  queue=${queue_name:-${last_queue:-dev-CP-queue}}
-  last_tokens=$(value_of TokenParameterNames)
-  tokens=${token_parameter:-${last_tokens:-/email-service/${environment:+$environment/}api-token}}
-  dead_letters=$dead_letter_queue
-  [ -n "$dead_letters" ] || [ "$queue" != "$(value_of QueueName)" ] || dead_letters=$(value_of DeadLetterQueueName)
-  if [ "$(value_of CreateQueue)" = true ] && [ "$queue" = "$(value_of QueueName)" ]; then ours=true; fi
-}
-
 check_cluster() {
-  local answer state providers
-  answer=$(aws eks describe-cluster --name "$cluster" \
-    --query 'cluster.[status,identity.oidc.issuer]' --output text 2>"$work/error") || {
-    # The stack's own cluster may be gone already; any other name is a mistake.
-    if [ "$mode" != delete ] || [ "${last_cluster:-$cluster}" != "$cluster" ] || ! grep -q ResourceNotFound "$work/error"; then
-      problem "There is no cluster $cluster in $region ($(complaint)): correct --cluster or --region."
+  answer=$(aws eks describe-cluster --name "$cluster" --query 'cluster.[status,identity.oidc.issuer]' \
+    --output text 2>"$work/error") || {
+    # The stack's own cluster may be gone already when it is deleted; any other name is a mistake.
+    if [ "$mode:$cluster" != "delete:$(value_of ClusterName)" ] || ! grep -q ResourceNotFound "$work/error"; then
+      problem "There is no cluster $cluster in $region: correct --cluster or --region ($(complaint))."
     fi
     return 1
   }
-  state=${answer%%$'\t'*} issuer=${answer##*$'\t'}
-  issuer=${issuer#https://}
-  [ "$state" = ACTIVE ] || problem "The cluster $cluster is in state $state: wait until it is ACTIVE."
+  issuer=${answer##*[[:space:]]} issuer=${issuer#https://}
+  [[ $answer == ACTIVE[[:space:]]* ]] ||
+    problem "The cluster $cluster is in state ${answer%%[[:space:]]*}: wait until it is ACTIVE."
   [ "$mode" != delete ] || return 0
-  providers=$(aws iam list-open-id-connect-providers \
-    --query 'OpenIDConnectProviderList[].Arn' --output text 2>"$work/error") || {
-    problem "AWS does not list the OIDC providers ($(complaint)): get the permission iam:ListOpenIDConnectProviders."
-    return 0
-  }
-  [[ $issuer != None && $'\t'$providers$'\t' == *":oidc-provider/$issuer"$'\t'* ]] ||
+  ask "AWS does not list the OIDC providers" aws iam list-open-id-connect-providers \
+    --query 'OpenIDConnectProviderList[].Arn' --output text || return 0
+  [[ $issuer != None && $'\t'$answer$'\t' == *":oidc-provider/$issuer"$'\t'* ]] ||
     problem "The cluster's OIDC provider is not registered in IAM: run eksctl utils associate-iam-oidc-provider --region $region --cluster $cluster --approve."
 }
 
-# A kubeconfig for this run alone; the user's own is only read, if at all.
-make_kubeconfig() {
+# Prints lines of what runs now. The kubeconfig is for this run alone; your own is only read.
+read_cluster() {
   if [ -n "$context" ]; then
-    kubectl config view --raw --flatten --minify --context "$context" >"$work/kubeconfig" 2>"$work/error"
+    kubectl config view --raw --flatten --minify --context "$context" >"$work/kubeconfig"
   else
-    aws eks update-kubeconfig --name "$cluster" --kubeconfig "$work/kubeconfig" >/dev/null 2>"$work/error"
-  fi
+    aws eks update-kubeconfig --name "$cluster" --kubeconfig "$work/kubeconfig" >/dev/null
+  fi || return 1
+  kube get ingressclass/alb "serviceaccount/$name-sa" "ingress/$name-ingress" "configmap/$name-config" "deployment/$name" \
+    --ignore-not-found --output 'jsonpath={range .items[*]}{"running"}{.kind}{"\t"}{.spec.controller}{.metadata.annotations.eks\.amazonaws\.com/role-arn}{.metadata.annotations.alb\.ingress\.kubernetes\.io/certificate-arn}{.data.sqs_queue_url}{.spec.template.spec.containers[0].env[?(@.name=="TOKEN_SSM_PARAMETER")].value}{"\n"}{"paused\t"}{.spec.paused}{"\n"}{end}'
 }
 
-# The controller must be there, and no paused Deployment, and nothing of another deployment, which would
-# be replaced or deleted.
+# The controller must be there, and nothing of another deployment, which would be replaced or deleted.
 check_objects() {
-  local found owner other
+  local owner
   command -v kubectl >/dev/null || return 0
-  make_kubeconfig || {
-    problem "No kubeconfig can be made for $cluster ($(complaint)): correct --cluster or --context."
-    return 0
-  }
-  if ! { found=$(kube get deployments.apps,ingressclasses.networking.k8s.io --all-namespaces \
-    --output 'jsonpath={range .items[*]}{.metadata.namespace}/{.metadata.name} {.spec.controller}{.spec.paused}{"\n"}{end}' 2>"$work/error") &&
-    owner=$(kube get serviceaccount "$name-sa" --ignore-not-found \
-      --output 'jsonpath={.metadata.annotations.eks\.amazonaws\.com/role-arn}' 2>"$work/error"); }; then
-    problem "kubectl does not reach the cluster $cluster ($(complaint)): check the network, and that your role has access (aws eks list-access-entries --cluster-name $cluster)."
-    return
-  fi
-  read_outputs
-  other=${owner##*"$name-role"} other=${other#-}
-  if [ -n "$owner" ] && [ "${owner#*:iam::}" != "${role_arn#*:iam::}" ]; then
-    problem "The cluster $cluster belongs to ${other:+the environment }${other:-the deployment without --environment} (role $owner): give --cluster."
-  elif [ "$mode" = delete ] && [ -z "$stack_status" ] && [ -n "$environment" ] &&
+  ask "kubectl does not reach the cluster $cluster: check the network, --cluster and --context, and that your role has access (aws eks list-access-entries --cluster-name $cluster)" \
+    read_cluster || return 0
+  running=$answer
+  owner=$(value_of runningServiceAccount)
+  if [ -n "$owner" ] && [[ $owner != *":iam::$account:role/$role" ]]; then
+    problem "The cluster $cluster belongs to another deployment, with the role $owner: correct --cluster or --environment."
+  elif [ "$mode:$stack_status" = delete: ] && [ -n "$environment" ] &&
     [ -n "$(kube get namespace "$name" --ignore-not-found --output name)" ]; then
     problem "There is no stack $stack, so the namespace $name of $cluster may be another's: correct --environment or --cluster."
   fi
   [ "$mode" != delete ] || return 0
   # The class stands for the controller: EKS Auto Mode's own has no Deployment.
-  grep -qE '^/alb (ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$' <<<"$found" ||
-    problem "The cluster has no IngressClass alb of a load balancer controller: install the AWS Load Balancer Controller (https://docs.aws.amazon.com/eks/latest/userguide/lbc-helm.html), which brings it; for EKS Auto Mode make it as SETUP.md says."
-  ! grep -q "^$name/$name true$" <<<"$found" ||
+  [[ $(value_of runningIngressClass) =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
+    problem "The cluster has no IngressClass alb of a load balancer controller: install the AWS Load Balancer Controller, which brings it; for EKS Auto Mode make it as SETUP.md says."
+  [[ $(value_of paused) != *true* ]] ||
     problem "The Deployment is paused, so nothing would roll out: run kubectl --namespace $name rollout resume deployment/$name."
 }
 
+# Options that were not given: as what runs now, else as the stack, else as in --help. After a run that
+# failed, the stack may be of another queue, and have more tokens, than what runs.
+complete_options() {
+  queue=$(value_of runningConfigMap)
+  queue=${queue_name:-${queue##*/}} queue=${queue:-$(value_of QueueName)} queue=${queue:-dev-CP-queue}
+  tokens=${token_parameter:-$(value_of runningDeployment)}
+  tokens=${tokens:-$(value_of TokenParameterArns | sed 's/arn:[^,]*:parameter//g')}
+  tokens=${tokens:-/email-service/${environment:+$environment/}api-token}
+  certificate_arn=${certificate_arn:-$(value_of runningIngress)}
+  [ "$certificate_arn" != none ] || certificate_arn=""
+  [ "$queue" != "$(value_of QueueName)" ] || ours=$(value_of CreateQueue) dead_letters=$(value_of DeadLetterQueueName)
+}
+
 check_certificate() {
-  local state
-  [[ $certificate_arn == arn:* ]] || return 0
-  state=$(aws acm describe-certificate --certificate-arn "$certificate_arn" \
-    --query Certificate.Status --output text 2>"$work/error") || state=$(complaint)
-  [ "$state" = ISSUED ] ||
-    problem "The certificate $certificate_arn is not ISSUED ($state): correct --certificate-arn, or wait until it is validated."
+  [ -n "$certificate_arn" ] || return 0
+  [ "$check" != alb ] ||
+    problem "--check alb does for HTTP alone, and the certificate is the domain's: give --check https://DOMAIN."
+  ask "AWS does not show the certificate $certificate_arn: correct --certificate-arn" aws acm describe-certificate \
+    --certificate-arn "$certificate_arn" --query Certificate.Status --output text || return 0
+  [ "$answer" = ISSUED ] || problem "The certificate $certificate_arn is not ISSUED but $answer: wait until it is validated."
 }
 
 check_queue() {
-  local url redrive former_queue
-  former_queue=$(value_of FormerQueueName)
-  if [ -n "$former_queue" ] && [ -z "$queue_name" ]; then
-    problem "The last run broke off while the queue changed from $former_queue to $(value_of QueueName): give --queue-name with the one that is to be used."
-    return
-  fi
+  local url
   if url=$(sqs get-queue-url --queue-name "$queue" --query QueueUrl --output text 2>"$work/error"); then
     [ "$create_queue" = false ] || [ "$ours" = true ] ||
       problem "The queue $queue exists already: leave out --create-queue, or give another --queue-name."
-    if [ "$ours" = true ] || [ -n "$dead_letters" ]; then
-      return
-    fi
-    redrive=$(sqs get-queue-attributes --queue-url "$url" --attribute-names RedrivePolicy \
-      --query Attributes.RedrivePolicy --output text 2>"$work/error") ||
-      problem "AWS does not show the queue $queue ($(complaint)): get the permission sqs:GetQueueAttributes."
-    dead_letters=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$redrive")
-    [ -n "$dead_letters" ] ||
+    if [ "$ours" = true ] || [[ $dead_letters ]] || [[ ${parameters[*]-} == *DeadLetterQueueName=* ]]; then return; fi
+    ask "AWS does not show the queue $queue" sqs get-queue-attributes --queue-url "$url" \
+      --attribute-names RedrivePolicy --query Attributes.RedrivePolicy --output text || return 0
+    dead_letters=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$answer")
+    [[ $dead_letters ]] ||
       say "note: the queue $queue has no dead-letter queue, so the alarm DeadLetterQueueNotEmpty watches nothing"
   elif ! grep -qiE 'NonExistentQueue|does not exist' "$work/error"; then
-    problem "AWS does not show the queue $queue ($(complaint)): get the permission sqs:GetQueueUrl."
+    problem "AWS does not show the queue $queue ($(complaint))."
   elif [ "$create_queue" = false ]; then
     problem "There is no queue $queue in $region: add --create-queue, or correct --queue-name."
   fi
@@ -398,40 +299,36 @@ check_queue() {
 
 # Sets token_found to the first of the parameters that exists, "" if none does.
 check_token() {
-  local parameter missing=""
-  token_found=""
+  local parameter
   for parameter in ${tokens//,/ }; do
     if aws ssm get-parameter --name "$parameter" --query Parameter.Type >/dev/null 2>"$work/error"; then
       token_found=${token_found:-$parameter}
     elif grep -q ParameterNotFound "$work/error"; then
-      missing+=" $parameter"
+      say "note: there is no token parameter $parameter"
     else
-      problem "AWS does not show the token parameter $parameter ($(complaint)): get the permission ssm:GetParameter."
+      problem "AWS does not show the token parameter $parameter ($(complaint))."
       return 0
     fi
   done
-  if [ -n "$token_found" ]; then
-    for parameter in $missing; do
-      say "note: the token parameter $parameter does not exist, so no token of it is accepted"
-    done
   # A random token in place of a mistyped name would cut off every client of a service that runs.
-  elif [ -n "$stack_status" ] && [ -z "${API_TOKEN:+given}" ] && [ ! -t 0 ]; then
-    problem "The token parameter ${tokens%%,*} does not exist: correct --token-parameter, or give its value in API_TOKEN."
-  fi
+  [[ -n $token_found${API_TOKEN:+given} || -z $stack_status || -t 0 ]] ||
+    problem "There is no token parameter ${tokens%%,*}: correct --token-parameter, or give its value in API_TOKEN."
 }
 
 preflight() {
+  step "check tools, credentials and cluster"
   check_tools
-  if [ "$mode" != delete ]; then check_registry; fi
   if check_credentials; then
+    read_stack 2>"$work/error" || problem "AWS does not show the stack $stack ($(complaint))."
+    cluster=${cluster:-dev-CP-EKS-CLUSTER}
     check_stack
-    complete_options
     if check_cluster; then check_objects; fi
-    if [ "$mode" != delete ]; then
+    complete_options
+    [ "$mode" = delete ] || {
       check_token
       check_queue
       check_certificate
-    fi
+    }
   fi
   [ ${#problems[@]} -eq 0 ] || {
     printf '      - %s\n' "${problems[@]}" >&2
@@ -443,71 +340,38 @@ preflight() {
 
 # Parameters that are not named keep their value.
 deploy_stack() {
-  aws cloudformation deploy --stack-name "$stack" --template-file "$template" \
-    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset \
-    --tags "service=$name" --parameter-overrides "$@" >"$work/log" 2>&1 || {
-    # Some versions report an unchanged stack as a failure all the same.
+  # Some versions of the CLI report an unchanged stack as a failure.
+  aws cloudformation deploy --stack-name "$stack" --template-file infra/email-processor.yaml --tags "service=$name" \
+    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset --parameter-overrides "$@" >"$work/log" 2>&1 ||
     grep -q 'No updates are to be performed' "$work/log" || {
-      grep -v '^[[:space:]]*$' "$work/log" | tail -n 5 >&2
-      aws cloudformation describe-stack-events --stack-name "$stack" --output text \
-        --query "StackEvents[?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" \
-        2>/dev/null | head -n 10 >&2 || true
-      die "The stack $stack was not deployed, for the reasons above. Correct them and run this again."
-    }
+    grep -v '^[[:space:]]*$' "$work/log" | tail -n 5 >&2
+    aws cloudformation describe-stack-events --stack-name "$stack" --output text \
+      --query "StackEvents[?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" \
+      2>/dev/null | head -n 10 >&2 || true
+    die "The stack $stack was not deployed, for the reasons above. Correct them and run this again."
   }
 }
 
-# Sets parameters to what the stack gets, and former to what it had. While old pods and new ones run
-# side by side, the role may use the tokens and the queues of both.
-stack_options() {
-  local token key queues=$create_queue
-  role_tokens=$tokens former_queue=$last_queue
-  for token in ${last_tokens//,/ }; do
-    [[ ,$role_tokens, == *,$token,* ]] || role_tokens+=,$token
+# The items of two lists, separated by commas, each once.
+join() {
+  local item list=$1
+  for item in ${2//,/ }; do
+    [[ ,$list, == *,$item,* ]] || list+=,$item
   done
-  role_tokens=$(cut -d , -f -10 <<<"$role_tokens") # the template takes no more
-  [ "$former_queue" != "$queue" ] || former_queue=""
-  parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "DeadLetterQueueName=$dead_letters" "TokenParameterNames=$role_tokens")
-  [ -z "$environment" ] || parameters+=("EnvironmentName=$environment")
-  [ -z "$token_key_arn" ] || parameters+=("TokenKeyArn=$token_key_arn")
-  [ -z "$rate_limit" ] || parameters+=("RateLimit=$rate_limit")
-  [ -z "$alarm_email" ] || parameters+=("AlarmEmail=$alarm_email")
-  if [ -n "$stack_status" ]; then
-    for key in "${parameters[@]%%=*}"; do
-      former+=("$key=$(value_of "$key")")
-    done
-    # A queue that the stack once made exists still, and cannot be made again.
-    former+=("QueueName=$(value_of QueueName)" "FormerQueueName=$(value_of FormerQueueName)"
-      "CreateQueue=$([ "$queue" = "$(value_of QueueName)" ] && echo "$ours" || echo false)")
-  fi
-  [ "$ours" = false ] || queues=true
-  parameters+=("QueueName=$queue" "FormerQueueName=$former_queue" "CreateQueue=$queues")
+  echo "${list#,}"
 }
 
-# Gives the pods of before their ConfigMap back, or nothing if there was none.
-restore_config() {
-  [ -z "$config_before" ] || kube apply -f - <<<"$config_before" >/dev/null || true
-}
-
-# Gives them their rights back.
-restore_stack() {
-  widened=no
-  [ ${#former[@]} -gt 0 ] || return 0
-  if (deploy_stack "${former[@]}"); then
-    say "gave the stack $stack the values of the last run back"
-  fi
-}
-
-# However the run ends: also when Ctrl-C ends it.
-clean_up() {
-  if [ "$widened" = yes ]; then
-    restore_config
-    restore_stack
-  elif [ "$settled" = yes ]; then
-    # Else the next run would take the tokens of before for some that are to be accepted.
-    (narrow_stack) || true
-  fi
-  rm -rf "$work"
+# Sets token_arns and queue_arn to what the new pods need, and parameters to what the stack gets. Old
+# pods run beside the new ones, so the role keeps what it may use until the last step.
+stack_options() {
+  local arn=arn:$partition:ssm:$region:$account:parameter
+  token_arns=$arn${tokens//,/,$arn} queue_arn=arn:$partition:sqs:$region:$account:$queue
+  [ "$ours" != true ] || create_queue=true
+  parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "EnvironmentName=$environment"
+    "QueueName=$queue" "CreateQueue=$create_queue" "DeadLetterQueueName=$dead_letters"
+    "QueueArns=$(join "$(value_of QueueArns)" "$queue_arn")"
+    "TokenParameterArns=$(join "$(value_of TokenParameterArns)" "$token_arns")"
+    ${parameters[@]+"${parameters[@]}"})
 }
 
 # --- Token ------------------------------------------------------------------------------------------
@@ -516,38 +380,40 @@ clean_up() {
 # and the shell's trace can be seen by others.
 token() (
   { set +x; } 2>/dev/null
-  token=${API_TOKEN:-}
-  if [ -z "$token" ] && [ -t 0 ]; then
-    read -rsp "      Token for ${tokens%%,*} (nothing: make one up): " token
+  given=${API_TOKEN:-}
+  if [ -z "$given" ] && [ -t 0 ]; then
+    read -rsp "      Token for $token_found (nothing: make one up): " given
     echo >&2
   fi
+  token=${given#"${given%%[![:space:]]*}"} token=${token%"${token##*[![:space:]]}"}
+  [ "$token" = "$given" ] || echo "deploy.sh: warning: white space around the token is left out." >&2
   [ -n "$token" ] || token=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n')
   printf %s "$token"
 )
 
 make_token() {
-  local parameter
-  if [ -n "$token_found" ]; then
+  local key
+  [ -z "$token_found" ] || {
     say "keep $token_found"
     return
-  fi
-  parameter=${tokens%%,*}
-  token |
-    AWS_CLI_FILE_ENCODING=UTF-8 aws ssm put-parameter --name "$parameter" --type SecureString \
-      --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" \
-      ${token_key_arn:+--key-id "$token_key_arn"} >/dev/null 2>"$work/error" ||
-    die "The token parameter $parameter was not made ($(complaint)). Get the permissions ssm:PutParameter and ssm:AddTagsToResource and run this again."
-  token_found=$parameter
-  say "made $parameter; clients need its value: aws ssm get-parameter --with-decryption --region $region --name $parameter"
+  }
+  token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
+  token | AWS_CLI_FILE_ENCODING=UTF-8 must "AWS does not make the token parameter $token_found" \
+    aws ssm put-parameter --name "$token_found" --type SecureString --value file:///dev/stdin \
+    --tags "Key=made-by-stack,Value=$stack" ${key:+--key-id "$key"} >/dev/null
+  say "made $token_found; clients need its value: aws ssm get-parameter --with-decryption --region $region --name $token_found"
 }
 
 # --- Image ------------------------------------------------------------------------------------------
 
-log_in() {
-  [[ $registry == *.dkr.ecr.* ]] || return 0 # another registry's login is the user's
-  aws ecr get-login-password 2>"$work/error" |
-    quietly docker login --username AWS --password-stdin "$registry" ||
-    die "docker does not log in to $registry ($(complaint)). Get the permission ecr:GetAuthorizationToken and run this again."
+# Sets tag: the commit, for a changed checkout with what the image is made of, and the platform if it is
+# not the usual one, because the repository's tags are immutable.
+find_tag() {
+  local files=(.dockerignore Dockerfile app.py gunicorn.conf.py openapi.yaml requirements.txt)
+  tag=$(git rev-parse --short=12 HEAD) || return 1
+  [ -z "$(git --no-optional-locks status --porcelain)" ] ||
+    tag+=-dirty-$(cat "${files[@]}" | git hash-object --stdin | cut -c 1-12)
+  [ "$platform" = linux/amd64 ] || tag+=-${platform##*/}
 }
 
 # Sets image to the repository with the digest that the registry knows for the tag.
@@ -556,370 +422,269 @@ find_digest() {
     grep -F "$repository@sha256:" | head -n 1)
 }
 
-# The same for an image that this machine has never had.
-ask_registry() {
-  local digest
-  [[ $registry == *.dkr.ecr.* ]] &&
-    digest=$(aws ecr describe-images --repository-name "${repository#*/}" --image-ids "imageTag=$tag" \
-      --query 'imageDetails[0].imageDigest' --output text 2>/dev/null) && [[ $digest == sha256:* ]] &&
-    image=$repository@$digest
-}
-
 push_image() {
-  log_in
+  # The login of another registry is yours.
+  [[ $registry != *.dkr.ecr.* ]] || must "AWS gives no password for $registry" aws ecr get-login-password |
+    quietly docker login --username AWS --password-stdin "$registry" ||
+    die "docker does not log in to $registry, for the reasons above. Correct them and run this again."
   if docker pull --quiet --platform "$platform" "$repository:$tag" >/dev/null 2>&1 && find_digest; then
     say "keep $repository:$tag, which the registry has"
     return
   fi
   quietly docker build --platform "$platform" --tag "$repository:$tag" . ||
     die "The image was not built, for the reasons above. Correct them and run this again."
-  say "built $tag"
-  quietly docker push "$repository:$tag" ||
+  if ! { quietly docker push "$repository:$tag" && find_digest; }; then
     die "The image was not pushed to $repository, for the reasons above. Correct them and run this again."
-  find_digest || die "docker knows no digest of $repository:$tag after the push. Run this again."
-  say "pushed ${image##*@}"
+  fi
+  say "pushed $image"
 }
 
 # --- Manifests --------------------------------------------------------------------------------------
 
-# Sets from the stack what the manifests need; what a stack that is not there yet would say, else.
-read_outputs() {
-  local repository_uri
-  repository_uri=$(value_of RepositoryUri)
-  repository=$registry/${repository_uri#*/}
-  [ -n "$repository_uri" ] || repository=$registry/$stack
-  role_arn=$(value_of RoleArn)
-  role_arn=${role_arn:-arn:aws:iam::$account:role/$name-role${environment:+-$environment}}
-  queue_url=$(value_of QueueUrl)
-  queue_url=${queue_url:-https://sqs.$region.amazonaws.com/$account/$queue}
-  # --render with another --queue-name: the stack does not have it yet.
-  [ "$queue" = "$(value_of QueueName)" ] || queue_url=${queue_url%/*}/$queue
-  web_acl_arn=$(value_of WebAclArn)
-}
-
-# A certificate that was given before is not lost by leaving out the option: tokens would travel
-# in clear text.
-find_certificate() {
-  [ -n "$certificate_arn" ] || certificate_arn=$(kube get ingress "$name-ingress" --ignore-not-found \
-    --output 'jsonpath={.metadata.annotations.alb\.ingress\.kubernetes\.io/certificate-arn}' 2>"$work/error") || return 1
-  [ "$certificate_arn" != none ] || certificate_arn=""
-}
-
-# The document of this kind, out of a manifest that has several.
-document() {
-  awk -v kind="kind: $2" '
-    function flush() { if (found) printf "%s", text; text = ""; found = 0 }
-    /^---/ { flush(); next }
-    { text = text $0 "\n" }
-    $0 == kind { found = 1 }
-    END { flush() }' "$manifests_folder/$1.yaml"
-}
-
-# The manifests of one part, with all that differs between accounts filled in.
+# Sets manifests to k8s/ with all that differs between accounts, and before and after to its parts. The
+# Deployment is the last and is applied alone: the ALB's readiness gate goes only into pods that come
+# after Service and Ingress, and what is refused stops the run before a roll-out has begun.
 render() {
-  local part=$1 file expressions=(
-    -e "s|https://sqs\.us-west-1\.amazonaws\.com/ACCOUNT_ID/dev-CP-queue|$queue_url|g"
-    -e "s|arn:aws:iam::ACCOUNT_ID:role/email-processor-role|$role_arn|g"
-    -e "s|aws_region: us-west-1|aws_region: $region|"
-    -e "s|image: IMAGE|image: $image|" -e "s|CONFIG_CHECKSUM|$config_checksum|"
-  )
-  if [ -n "$certificate_arn" ]; then
-    expressions+=(-e '/# without a certificate$/d' -e 's| *# with a certificate$||' -e "s|CERTIFICATE_ARN|$certificate_arn|g")
-  else
-    expressions+=(-e '/# with a certificate$/d' -e 's|^( *)# (.*[^ ]) *# without a certificate$|\1\2|')
-  fi
-  if [ -n "$web_acl_arn" ]; then
-    expressions+=(-e 's| *# with a web ACL$||' -e "s|WEB_ACL_ARN|$web_acl_arn|g")
-  else
-    expressions+=(-e '/# with a web ACL$/d')
-  fi
-  # The ALB's readiness gate goes only into pods that come after Service and Ingress. The Deployment is
-  # alone, so that when something is refused no roll-out has begun that nobody waits for.
-  case $part in
-    config) cat "$manifests_folder/configmap.yaml" ;;
-    before)
-      for file in namespace configmap serviceaccount networkpolicy pdb hpa; do
-        cat "$manifests_folder/$file.yaml"
-        echo ---
-      done
-      document deployment Service
-      echo ---
-      cat "$manifests_folder/ingress.yaml"
-      ;;
-    after) document deployment Deployment ;;
-  esac | sed -E "${expressions[@]}"
-}
-
-# Sets before and after to the rendered manifests, to apply in this order.
-render_all() {
-  local newline=$'\n'
-  config_checksum=$(render config | sed '1,/^data:/d' | git hash-object --stdin)
-  before=$(render before) after=$(render after)
-  # The manifests leave the variable at its default.
-  [ "$tokens" = "$default_token" ] ||
-    after=${after/"          env:$newline"/"          env:$newline            - name: TOKEN_SSM_PARAMETER$newline              value: $tokens$newline"}
-  ! grep -qE '(^|[^A-Z_])(ACCOUNT_ID|IMAGE|CERTIFICATE_ARN|WEB_ACL_ARN|CONFIG_CHECKSUM)($|[^A-Z_])' <<<"$before$after" ||
-    die "A placeholder is left in the manifests of $manifests_folder/. Restore them: git checkout $manifests_folder."
+  local alb=alb.ingress.kubernetes.io annotations="" separator=$'\n---\n' queue_url checksum web_acl
+  queue_url=https://sqs.$region.amazonaws.com
+  [[ $region != cn-* ]] || queue_url+=.cn
+  queue_url+=/$account/$queue web_acl=$(value_of WebAclArn)
+  [ -z "$certificate_arn" ] || annotations="$alb/certificate-arn: '$certificate_arn', $alb/ssl-redirect: '443',
+        $alb/listen-ports: '[{\"HTTP\": 80}, {\"HTTPS\": 443}]', $alb/ssl-policy: ELBSecurityPolicy-TLS13-1-2-Res-2021-06,"
+  [ -z "$web_acl" ] || annotations+=" $alb/wafv2-acl-arn: '$web_acl'"
+  # Pods read the ConfigMap only when they start, so a change of it has to be a change of theirs.
+  checksum=$(git hash-object --stdin <<<"$queue_url $region")
+  cp -R k8s "$work/k8s"
+  cat >"$work/kustomization.yaml" <<END
+sortOptions: {order: fifo}
+resources: [k8s]
+patches:
+  - patch: |
+      {apiVersion: v1, kind: ConfigMap, metadata: {name: $name-config, namespace: $name},
+        data: {sqs_queue_url: '$queue_url', aws_region: '$region'}}
+  - patch: |
+      {apiVersion: v1, kind: ServiceAccount, metadata: {name: $name-sa, namespace: $name,
+        annotations: {eks.amazonaws.com/role-arn: 'arn:$partition:iam::$account:role/$role'}}}
+  - patch: |
+      {apiVersion: networking.k8s.io/v1, kind: Ingress, metadata: {name: $name-ingress, namespace: $name,
+        annotations: {$annotations}}}
+  - patch: |
+      {apiVersion: apps/v1, kind: Deployment, metadata: {name: $name, namespace: $name}, spec: {template: {
+        metadata: {annotations: {checksum/config: '$checksum'}}, spec: {containers: [{name: $name,
+        image: '$image', env: [{name: TOKEN_SSM_PARAMETER, value: '$tokens'}]}]}}}}
+END
+  must "kubectl does not build the manifests of k8s/; restore them with git checkout k8s" \
+    kubectl kustomize "$work" >"$work/manifests"
+  manifests=$(<"$work/manifests")
+  before=${manifests%"$separator"*} after=${manifests##*"$separator"}
 }
 
 apply() {
-  local applied complete=yes
-  applied=$(kube apply -f - <<<"$1" 2>"$work/error") || complete=no
+  local complete=yes
+  kube apply -f - <<<"$1" >"$work/applied" 2>"$work/error" || complete=no
   cat "$work/error" >&2 # warnings, too
-  [ "$complete" = yes ] ||
-    die "The manifests were not all applied, for the reasons above. Correct them and run this again."
-  changes+=$applied$'\n'
-  grep -v ' unchanged$' <<<"$applied" | sed 's/^/      /' || true
+  [ "$same" = yes ] || grep -v ' unchanged$' "$work/applied" | indent || true
+  [ "$complete" = yes ] || stop "The manifests were not all applied, for the reasons above"
 }
 
-revision() {
-  kube get deployment "$name" --ignore-not-found \
-    --output 'jsonpath={.metadata.annotations.deployment\.kubernetes\.io/revision}'
+# The Deployment's generation, and how the roll-out of its newest pods has ended.
+deployment_state() {
+  kube get "deployment/$name" --ignore-not-found \
+    --output 'jsonpath={.metadata.generation} {.status.conditions[?(@.type=="Progressing")].reason}'
 }
 
-# The gate needs the controller's TargetGroupBinding, a few seconds after the Ingress. Going on without
-# it costs no more than the gate of the first pods.
-wait_for_binding() {
-  local i found
-  for ((i = 0; i < 30; i++)); do
-    found=$(kube get targetgroupbindings --output name 2>/dev/null) || return 0
-    [ -z "$found" ] || return 0
-    sleep 2
-  done
+read_objects() {
+  kube get "configmap/$name-config" --ignore-not-found --output json >"$work/configmap" &&
+    kube get "deployment/$name" --ignore-not-found --output json >"$work/deployment" &&
+    state_before=$(deployment_state)
 }
 
 apply_manifests() {
-  find_certificate ||
-    die "kubectl does not show the Ingress ($(complaint)). Give --certificate-arn (none for HTTP) and run this again."
-  [ "$check" != alb ] || [ -z "$certificate_arn" ] ||
-    die "The service has a certificate, which is the domain's and not the ALB's own host's. Give --check https://DOMAIN and run this again."
-  render_all
-  revision_before=$(revision 2>"$work/error") ||
-    die "kubectl does not show the Deployment ($(complaint)). Get access to the namespace $name and run this again."
-  config_before=$(kube apply view-last-applied configmap "$name-config" --output json 2>/dev/null) || config_before=""
-  applied_before=$(kube apply view-last-applied deployment "$name" --output json 2>/dev/null) || applied_before=""
+  local same=no i
+  render
+  must "kubectl does not show what runs" read_objects
+  # What apply prints does not tell: it calls a PodDisruptionBudget "configured" each time.
+  if kube diff -f - <<<"$manifests" >/dev/null 2>&1; then
+    same=yes
+    say "nothing to change"
+  fi
+  undo=yes
   apply "$before"
-  wait_for_binding
-  widened=no # from here on, new pods may have begun to use what is new
+  # The gate needs the controller's TargetGroupBinding, a few seconds after the Ingress. Going on without
+  # it costs no more than the gate of the first pods.
+  for ((i = 0; i < 30; i++)); do
+    [ -z "$(kube get targetgroupbindings --output name 2>&1)" ] || break
+    sleep 2
+  done
   apply "$after"
-  if ! grep -qv ' unchanged$' <<<"${changes%$'\n'}"; then say "nothing to change"; fi
+  # The autoscaler would bring the second pod only after the roll-out of the first.
+  [ -n "$state_before" ] || quietly kube scale "deployment/$name" \
+    --replicas "$(kube get "hpa/$name-hpa" --output 'jsonpath={.spec.minReplicas}')" || true
 }
 
 # --- Roll-out ---------------------------------------------------------------------------------------
 
-show_reasons() {
-  local newest
-  {
-    echo "--- pods"
-    kube get pods --output wide || true
-    echo "--- events"
-    kube get events --field-selector type!=Normal --sort-by .lastTimestamp | tail -n 15 || true
-    newest=$(kube get pods --sort-by .metadata.creationTimestamp --output name | tail -n 1) || true
-    [ -z "$newest" ] || {
-      echo "--- last log lines of $newest"
-      kube logs "$newest" --all-containers --tail 20 || true
-      kube logs "$newest" --all-containers --tail 20 --previous 2>/dev/null || true
-    }
-    echo "---"
-  } >&2
-}
-
 # It ends when for progressDeadlineSeconds nothing has gone on. A limit to the whole would undo the
 # healthy roll-out of many pods.
-rollout_status() {
-  kube rollout status "deployment/$name" 2>&1 | sed 's/^/      /'
+rollout() { kube rollout status "deployment/$name" 2>&1 | indent; }
+
+# The autoscaler's events would crowd out those of the pods.
+show_reasons() {
+  local newest
+  kube get pods --output wide
+  kube get events --field-selector type!=Normal,involvedObject.kind!=HorizontalPodAutoscaler \
+    --sort-by .lastTimestamp | tail -n 15
+  newest=$(kube get pods --sort-by .metadata.creationTimestamp --output name | tail -n 1)
+  kube logs "$newest" --all-containers --tail 20
+  kube logs "$newest" --all-containers --tail 20 --previous
 }
 
-# Takes from the role what only the pods of before used.
-narrow_stack() {
-  settled=no
-  deploy_stack "TokenParameterNames=$tokens" "FormerQueueName=" "$@"
+# Puts an object back as it was read, whole: kubectl rollout undo knows the pods' template alone. --raw,
+# because else kubectl would note all of it as applied, and the next apply take the number of pods away.
+put_back() {
+  [ ! -s "$work/$1" ] || kube patch --local -f "$work/$1" --type merge --patch "$3" --output json 2>/dev/null |
+    quietly kube replace --raw "$2" -f -
 }
 
-# Ends the run, after going back to what ran before.
-go_back() {
-  local failed=$1
-  if [ -z "$revision_before" ]; then
-    narrow_stack
-    die "$failed failed, for the reasons above. It is the first deployment, so there is nothing to go back to. Correct them and run this again."
-  elif [ "$(revision)" = "$revision_before" ]; then
-    die "$failed failed, for the reasons above, though this run has not changed the pods. Correct them and run this again."
+# Ends the run, after going back to what ran before if anything was applied.
+stop() {
+  local failed=$1 status=${2:-1} again="Correct it and run this again." replicas
+  trap '' INT TERM HUP # a second Ctrl-C must not leave half of it
+  [ "$undo" = yes ] || die "$failed. Run this again." "$status"
+  [ -n "$state_before" ] ||
+    die "$failed. It is the first deployment, so there is nothing to go back to. $again" "$status"
+  [[ $state_before == *" NewReplicaSetAvailable" ]] ||
+    die "$failed. What was deployed before had not rolled out either, so there is nothing to go back to. $again" "$status"
+  put_back configmap "/api/v1/namespaces/$name/configmaps/$name-config" '{"metadata": {"resourceVersion": null}}' || true
+  [[ $(deployment_state) != "${state_before% *} "* ]] ||
+    die "$failed. The Deployment is the one that was there before. $again" "$status"
+  # The autoscaler may have changed their number since.
+  if ! { replicas=$(kube get "deployment/$name" --output 'jsonpath={.spec.replicas}') &&
+    put_back deployment "/apis/apps/v1/namespaces/$name/deployments/$name" \
+      "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
+    trap - INT TERM HUP && rollout; }; then
+    die "$failed, and so did going back to what ran before. See kubectl --namespace $name describe deployment $name." "$status"
   fi
-  restore_config
-  # kubectl compares the next manifest with the last one that it applied, which undo leaves as it is. It
-  # is only noted here: after an undo by hand it is not what ran.
-  if ! { quietly kube rollout undo "deployment/$name" --to-revision "$revision_before" &&
-    { [ -z "$applied_before" ] || quietly kube apply set-last-applied -f - <<<"$applied_before"; } &&
-    rollout_status; }; then
-    die "$failed failed, for the reasons above, and so did going back to revision $revision_before. See kubectl --namespace $name rollout history deployment/$name."
-  fi
-  restore_stack
-  die "$failed failed, for the reasons above, and the deployment was undone: revision $revision_before serves again. Correct them and run this again."
-}
-
-wait_for_rollout() {
-  rollout_status || {
-    show_reasons
-    go_back "The roll-out"
-  }
+  die "$failed, and the deployment was undone: what ran before serves again. $again" "$status"
 }
 
 # --- ALB --------------------------------------------------------------------------------------------
 
-wait_for_alb() {
-  local end=$((SECONDS + timeout))
-  while true; do
-    host=$(kube get ingress "$name-ingress" --output 'jsonpath={.status.loadBalancer.ingress[0].hostname}' 2>"$work/error") || host=""
-    [ -z "$host" ] || return 0
-    [ "$SECONDS" -lt "$end" ] || return 1
-    say "not there yet ($((end - SECONDS)) s left)"
-    sleep 5
-  done
-}
-
-show_ingress() {
-  kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp 2>/dev/null | tail -n 5 >&2 || true
+has_alb() {
+  host=$(kube get ingress "$name-ingress" --output 'jsonpath={.status.loadBalancer.ingress[0].hostname}') && [ -n "$host" ]
 }
 
 # Tries the service from outside. A new ALB and its name need some minutes.
 try_service() {
-  local url=${check%/} end=$((SECONDS + timeout))
-  if [ -z "$host" ]; then
-    show_ingress
-    echo "There is no ALB after $timeout s." >&2
-    return 1
-  fi
+  local url=${check%/}
+  [ -n "$host" ] || return 1
   [ "$check" != alb ] || url=http://$host
   # -q: a .curlrc might change what is sent.
-  until curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" 2>"$work/error"; do
-    if [ "$SECONDS" -ge "$end" ]; then
-      echo "$url/health does not answer after $timeout s ($(complaint))." >&2
-      return 1
-    fi
-    sleep 5
-  done
-  TOKEN_SSM_PARAMETER=$token_found ./test.sh "$url" 2>&1 | sed 's/^/      /'
+  wait_until curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" || {
+    echo "$url/health does not answer after $timeout s ($(complaint))." >&2
+    return 1
+  }
+  TOKEN_SSM_PARAMETER=$token_found ./test.sh "$url" 2>&1 | indent
 }
 
-# The alarms on the ALB name it, so they are made when it is known.
+# The alarms on the ALB name it, so they are made when it is known. The role keeps what new pods need.
 finish_stack() {
   local balancer="" group=""
-  if [ "$role_tokens" != "$tokens" ] || [ -n "$former_queue" ]; then
-    say "wait until the pods of before have stopped"
-    sleep 45 # terminationGracePeriodSeconds
-  fi
+  parameters=("QueueArns=$queue_arn" "TokenParameterArns=$token_arns")
   [ -z "$host" ] || balancer=$(aws elbv2 describe-load-balancers --output text \
-    --query "LoadBalancers[?DNSName=='$host'].LoadBalancerArn" 2>"$work/error") || balancer=""
+    --query "LoadBalancers[?DNSName=='$host'].LoadBalancerArn") || balancer=""
   [ -z "$balancer" ] || group=$(aws elbv2 describe-target-groups --load-balancer-arn "$balancer" --output text \
-    --query 'TargetGroups[0].TargetGroupArn' 2>"$work/error") || group=""
+    --query 'TargetGroups[0].TargetGroupArn') || group=""
   if [[ $group == arn:* ]]; then
-    narrow_stack "LoadBalancerFullName=${balancer#*:loadbalancer/}" "TargetGroupFullName=${group##*:}"
-    return
+    parameters+=("LoadBalancerFullName=${balancer#*:loadbalancer/}" "TargetGroupFullName=${group##*:}")
+  elif [ -n "$host" ]; then
+    echo "deploy.sh: warning: AWS does not show the load balancer $host yet, so its alarms are not made. Run this again in a minute." >&2
   fi
-  narrow_stack
-  if [ -z "$host" ]; then
-    show_ingress
-    die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
-  fi
-  echo "deploy.sh: warning: AWS does not show the load balancer $host yet, so its alarms are not made. Run this again in a minute." >&2
+  deploy_stack "${parameters[@]}"
 }
 
 # --- What can be done -------------------------------------------------------------------------------
 
 deploy() {
-  steps=8
-  [ -z "$check" ] || steps=9
-  step "check tools, credentials and cluster"
   preflight
-  step "deploy the stack $stack"
   stack_options
+  step "deploy the stack $stack"
   deploy_stack "${parameters[@]}"
-  widened=yes
-  read_stack || die "AWS does not show the stack $stack ($(complaint)). Run this again."
-  read_outputs
+  must "AWS does not show the stack $stack" read_stack
   step "make the token parameter, if there is none"
   make_token
   step "build and push the image $repository:$tag"
   push_image
-  step "apply the manifests of $manifests_folder/ to $cluster"
+  step "apply the manifests of k8s/ to $cluster"
   apply_manifests
   step "wait for the roll-out"
-  wait_for_rollout
-  [ -n "$check" ] || settled=yes
+  rollout || {
+    show_reasons >&2 || true
+    stop "The roll-out failed, for the reasons above"
+  }
+  [ -n "$check" ] || undo=no
   step "wait for the ALB"
-  wait_for_alb || true
+  wait_until has_alb || {
+    kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp >&2 || true
+    echo "There is no ALB after $timeout s." >&2
+  }
   if [ -n "$check" ]; then
     step "check the service at $check"
-    try_service || go_back "The check"
-    settled=yes
+    try_service || stop "The check failed, for the reasons above"
+    undo=no
   fi
   step "make the alarms of the ALB, and take away the rights of what ran before"
   finish_stack
-  local url=http://$host
-  [ -z "$certificate_arn" ] || url=https://$host
-  echo "Deployed in $SECONDS s: $url"
-  [ -z "$certificate_arn" ] ||
-    echo "Point the certificate's domain at this host with a CNAME or alias record; clients use the domain."
+  [ -n "$host" ] ||
+    die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
+  if [ -n "$certificate_arn" ]; then
+    say "point the certificate's domain at this host with a CNAME or alias record; clients use the domain"
+    host=https://$host
+  fi
+  echo "Deployed in $SECONDS s: http://${host#http://}"
 }
 
 dry_run() {
-  steps=8
-  [ -z "$check" ] || steps=9
-  step "check tools, credentials and cluster"
   preflight
   stack_options
-  step "would deploy the stack $stack (${stack_status:-there is none yet}) with ${parameters[*]}"
-  read_outputs
-  if [ -n "$token_found" ]; then
-    step "would keep the token parameter $token_found"
-  else
-    step "would make the token parameter ${tokens%%,*}"
-  fi
-  step "would build and push $repository:$tag, unless the registry has it"
-  find_certificate || true
-  step "would apply the manifests of $manifests_folder/ to $cluster, with ${certificate_arn:-no certificate}; --render prints them"
-  step "would wait for the roll-out, and undo it if it fails"
-  step "would wait up to $timeout s for the ALB"
-  if [ -n "$check" ]; then step "would check the service at $check, and undo the roll-out if that fails"; fi
-  step "would make the alarms of the ALB, and take away the rights of what ran before"
-  echo "Nothing was changed."
+  cat <<END
+Would deploy the stack $stack (${stack_status:-there is none yet}) with ${parameters[*]};
+$([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
+build and push $repository:$tag, unless the registry has it;
+apply to $cluster, with ${certificate_arn:-no certificate}, what --render prints;
+wait for the roll-out and the ALB${check:+, check the service at $check}, and undo the roll-out if it fails;
+make the alarms of the ALB, and take away the rights of what ran before.
+Nothing was changed.
+END
 }
 
-# Standard output is for the manifests alone. What AWS and the cluster cannot say yet is taken from
-# the names that a first run would give.
+# Standard output is for the manifests alone. What AWS and the cluster cannot say yet is taken from the
+# names of a first run; but in place of real ones, those would lead the service elsewhere.
 print_manifests() {
-  if ! { command -v git >/dev/null && find_tag; }; then
-    die "The image's tag is the commit, and git does not tell it. Render in a git clone."
-  fi
-  # Names of a first run in place of the real ones would lead the service elsewhere.
+  must "The image's tag is the commit, and git does not tell it; render in a clone" find_tag
   if command -v aws >/dev/null; then
     check_credentials || die "${problems[0]}"
-    read_stack || die "AWS does not show the stack $stack ($(complaint)). Get the permission cloudformation:DescribeStacks and run this again."
+    must "AWS does not show the stack $stack" read_stack
   fi
-  if [ -z "$stack_status" ]; then
-    stack_values=""
-    echo "deploy.sh: note: there is no stack $stack to ask, so names are those of a first run, without a web ACL." >&2
-  fi
+  cluster=${cluster:-dev-CP-EKS-CLUSTER}
+  running=$(read_cluster 2>"$work/error") || [ -n "$certificate_arn" ] || [ -z "$stack_status" ] ||
+    die "The cluster $cluster does not tell its certificate, without which tokens might travel in clear text ($(complaint)). Correct --cluster or --context, or give --certificate-arn (none for HTTP)."
+  [ -n "$stack_status$running" ] ||
+    echo "deploy.sh: note: neither the stack $stack nor the cluster $cluster can be asked, so names are those of a first run." >&2
   complete_options
-  read_outputs
-  find_digest 2>/dev/null || ask_registry || {
+  find_digest 2>/dev/null || {
+    image=$(aws ecr describe-images --repository-name "${repository#*/}" --image-ids "imageTag=$tag" \
+      --query 'imageDetails[0].imageDigest' --output text 2>/dev/null) && [[ $image == sha256:* ]] && image=$repository@$image
+  } || {
     image=$repository:$tag
     echo "deploy.sh: note: neither docker here nor ECR knows a digest of the image, so it is named by its tag; deploy it first." >&2
   }
-  if [ -z "$certificate_arn" ] && ! { command -v kubectl >/dev/null && make_kubeconfig && find_certificate; }; then
-    [ -z "$stack_status" ] ||
-      die "The cluster $cluster does not tell its certificate, without which tokens might travel in clear text. Correct --cluster or --context, or give --certificate-arn (none for HTTP)."
-    echo "deploy.sh: note: the cluster cannot be asked for its certificate, so this is plain HTTP; give --certificate-arn for HTTPS." >&2
-  fi
-  [ "$certificate_arn" != none ] || certificate_arn=""
-  render_all
-  printf '%s\n---\n%s\n' "$before" "$after"
+  render
+  echo "$manifests"
 }
 
 delete_all() {
   local queues parameter made url
-  steps=4
-  step "check tools, credentials and cluster"
   preflight
   step "delete the Ingress, with its ALB, and the namespace $name"
   # The controller must remove the ALB before the namespace, with which its finalizer would wait.
@@ -933,55 +698,52 @@ delete_all() {
   for parameter in ${tokens//,/ }; do
     made=$(aws ssm list-tags-for-resource --resource-type Parameter --resource-id "$parameter" \
       --query "TagList[?Key=='made-by-stack'].Value" --output text 2>/dev/null) || made=""
-    if [ "$made" = "$stack" ]; then
-      aws ssm delete-parameter --name "$parameter" 2>"$work/error" ||
-        die "The token parameter $parameter was not deleted ($(complaint)). Get the permission ssm:DeleteParameter and run this again."
-      say "deleted $parameter"
-    fi
+    [ "$made" = "$stack" ] || continue
+    must "AWS does not delete the token parameter $parameter" aws ssm delete-parameter --name "$parameter"
+    say "deleted $parameter"
   done
   step "delete the stack $stack"
   [ -n "$stack_status" ] || {
     say "there is none"
-    echo "Deleted."
     return
   }
   queues=$(aws cloudformation describe-stack-resources --stack-name "$stack" --output text \
     --query "StackResources[?ResourceType=='AWS::SQS::Queue'].PhysicalResourceId" 2>/dev/null) || queues=""
-  if ! { aws cloudformation delete-stack --stack-name "$stack" 2>"$work/error" &&
-    aws cloudformation wait stack-delete-complete --stack-name "$stack" 2>"$work/error"; }; then
-    die "The stack $stack was not deleted ($(complaint)). See its events (aws cloudformation describe-stack-events --region $region --stack-name $stack), and run this again."
-  fi
+  must "AWS does not delete the stack $stack" aws cloudformation delete-stack --stack-name "$stack"
+  must "The stack $stack is not deleted; see aws cloudformation describe-stack-events --region $region --stack-name $stack" \
+    aws cloudformation wait stack-delete-complete --stack-name "$stack"
   for url in $queues; do
-    if [ "$delete_queues" = no ]; then
-      say "kept $url with its messages; to delete it: aws sqs delete-queue --region $region --queue-url $url"
-    elif sqs delete-queue --queue-url "$url" 2>"$work/error"; then
-      say "deleted $url"
-    elif ! grep -qiE 'NonExistentQueue|does not exist' "$work/error"; then
-      die "The queue $url was not deleted ($(complaint)). Delete it: aws sqs delete-queue --region $region --queue-url $url"
-    fi
+    say "kept $url with its messages; to delete it: aws sqs delete-queue --region $region --queue-url $url"
   done
-  echo "Deleted."
 }
 
-mode=deploy delete_queues=no create_queue=false ours=false
-region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" dead_letter_queue=""
-certificate_arn="" token_parameter="" token_key_arn="" rate_limit="" alarm_email="" platform=linux/amd64 timeout=300 check=""
+mode=deploy region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" create_queue=false
+certificate_arn="" token_parameter="" parameters=() platform=linux/amd64 timeout=300 check=""
 read_arguments "$@"
 check_arguments
-stack=$name${environment:+-$environment}
-number=0 steps=0 problems=() parameters=() former=() widened=no settled=no changes="" tag="" image="" issuer="" of="" config_checksum=""
-stack_status="" stack_values="" config_before="" applied_before=""
+
+name=email-processor # of the stack, the repository, the namespace and what is in it
+# As infra/email-processor.yaml names them.
+stack=$name${environment:+-$environment} role=$name-role${environment:+-$environment} repository=$registry/$stack
+number=0 steps=8 problems=() stack_status="" stack_values="" running="" partition=aws issuer="" queue="" ours="" dead_letters="" token_found="" undo=no
+[ -z "$check" ] || steps=9
+[ "$mode" != delete ] || steps=4
+[ "$mode" != dry-run ] || steps=1
 
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER=""
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
-trap clean_up EXIT
+trap 'rm -rf "$work"' EXIT
+trap 'stop Interrupted 130' INT TERM HUP
 
 case $mode in
   deploy) deploy ;;
   dry-run) dry_run ;;
   render) print_manifests ;;
-  delete) delete_all ;;
+  delete)
+    delete_all
+    echo "Deleted."
+    ;;
 esac

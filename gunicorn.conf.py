@@ -2,62 +2,54 @@
 
 import atexit
 import gc
-import itertools
 import json
+import logging
 import os
 import random
+import re
+import resource
+import selectors
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
 import time
-import types
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
+from select import POLLIN, poll
 from typing import Any
 
-from gunicorn.http.errors import (
-    InvalidResponseHeader,
-    InvalidResponseHeaderName,
-    LimitRequestHeaders,
-    LimitRequestLine,
-    ParseException,
-)
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
+from gunicorn.http.message import Request
+from gunicorn.http.parser import RequestParser
+from gunicorn.sock import close_sockets, create_sockets
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
-# The root file system is read-only, and a write to a disk, be it into a mapped file, can block.
+# The root file system is read-only, and a write to a disk can block.
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
 
+# prometheus_client looks at the variable when it is imported. On SIGHUP this file is read again.
+if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    made, master = tempfile.mkdtemp(prefix="email-processor-", dir=memory), os.getpid()
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = made
 
-def prepare_metrics() -> None:
-    """Provide the folder of the metrics' files, with space for them. Raises OSError."""
-    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-    else:
-        master, folder = os.getpid(), tempfile.mkdtemp(prefix="email-processor-", dir=memory)
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    def remove() -> None:
+        if os.getpid() == master:  # workers run exit handlers too
+            shutil.rmtree(made, ignore_errors=True)
 
-        def remove() -> None:
-            if os.getpid() == master:  # workers run exit handlers too
-                shutil.rmtree(folder, ignore_errors=True)
+    atexit.register(remove)
+metrics = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+try:
+    metrics.mkdir(parents=True, exist_ok=True)
+except OSError as error:
+    sys.exit(f"PROMETHEUS_MULTIPROC_DIR must be a folder: {error}")
 
-        atexit.register(remove)
-    # A mapped file takes its space when it is written to, and then SIGBUS says that there is none.
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(2**22))  # the master and twice 64 workers take 20 kB each
-
-
-# prometheus_client looks at the variable when it is imported, and app's metrics make files at once.
-# On SIGHUP this file is read again.
-if "app" not in sys.modules:
-    try:
-        prepare_metrics()
-    except OSError as error:
-        sys.exit(f"PROMETHEUS_MULTIPROC_DIR must be a folder with 4 MiB of free space: {error}")
+from prometheus_client.multiprocess import mark_process_dead
 
 import app
 
@@ -66,11 +58,22 @@ try:
 except app.SettingsError as error:
     sys.exit(str(error))
 
+# Many systems give a process 1,024 files until it asks for more.
+hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+with suppress(ValueError, OSError):  # macOS calls it unlimited, and then refuses that
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
 wsgi_app = "app:create_app()"
-bind = f"0.0.0.0:{settings.port}"
-worker_class = "gthread"
+# The address of IPv6 takes IPv4 too.
+bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
+# Each worker listens for itself, and the kernel spreads connections evenly; that of Linux does. A
+# lone one leaves that to the master: connections wait there while it is being replaced.
+reuse_port = workers > 1 and sys.platform == "linux"
+# Of a worker, idle ones included. Calls of AWS need files too.
+worker_connections = max(threads + 1, min(2000, files - 128 - 4 * threads))
 # Loaded once, before the fork: workers share its memory, and a bad release fails at the start.
 preload_app = True
 # Longer than the ALB's idle limit of 60 s. Were it shorter, the ALB would now and then send a
@@ -87,118 +90,285 @@ accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
 # As much as each header may have.
 limit_request_line = 8190
-# By default a SCRIPT_NAME header from loopback may rewrite the path.
-forwarder_headers = ""
+# By default headers from loopback may change path and scheme, and are refused if they disagree.
+forwarded_allow_ips = ""
+
+
+# --- Worker ---------------------------------------------------------------------------------------
+
+body_timeout = settings.body_timeout_seconds
+# A whole head, or a first line that is no request's.
+can_be_read = re.compile(
+    rb"[\r\n]*+(.*?\n\r?\n|(?![A-Z]+ \S+ HTTP/1\.[01]\r\n)[^\n]*\n)", re.DOTALL
+).match
+
+
+class ClientSocket(socket.socket):
+    """A client's connection. All that a thread waits for is a body, and that until the deadline."""
+
+    received = b""  # of the next request
+    unsent: tuple[memoryview, ...] = ()  # of the last answer
+    deadline = 0.0  # of the request
+    ended = late = False  # nothing more comes; because of the deadline
+
+    def setblocking(self, flag: bool) -> None:
+        """Gunicorn sets this and the next again and again. The connection never blocks."""
+
+    def settimeout(self, seconds: float | None) -> None:
+        pass
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        if self.received:
+            data, self.received = self.received[:size], self.received[size:]
+            return data
+        while (left := self.deadline - time.monotonic()) > 0:
+            try:
+                data = super().recv(size)
+            except BlockingIOError:
+                readable = poll()
+                readable.register(self, POLLIN)
+                readable.poll(left * 1000)
+            else:
+                self.ended = not data
+                return data
+        self.ended = self.late = True
+        return b""
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        sent = 0
+        if not self.unsent:
+            with suppress(BlockingIOError):
+                sent = super().send(data)
+        if sent < len(data):
+            self.unsent = (*self.unsent, memoryview(data)[sent:])
+        return len(data)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        self.send(data)
+
+    def receive(self) -> bytes:
+        data = super().recv(16_384)
+        if not data:
+            raise ConnectionResetError
+        return data
+
+    def send_rest(self) -> bool:
+        rest, self.unsent = self.unsent, ()
+        for part in rest:
+            self.send(part)
+        return not self.unsent
+
+
+class ClientRequest(Request):  # type: ignore[misc]
+    def should_close(self) -> Any:
+        """Also when the body did not arrive whole: what follows it is no request."""
+        return self.unreader.sock.ended or self.body.failed or super().should_close()
+
+
+class ClientParser(RequestParser):  # type: ignore[misc]
+    mesg_class = ClientRequest
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """Gunicorn's threaded worker, whose threads get requests when their heads are here.
+
+    Its main loop awaits heads, clients that are slow to take an answer, and clients that do not
+    close. Gunicorn's threads would wait for the first two, and for each of the last its main loop,
+    for up to two seconds in which nothing else goes on.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.waiting: dict[TConn, None] = {}  # until conn.timeout; the oldest first
+        self.looked = 0.0
+
+    def wait(self, conn: TConn, event: int, step: Callable[[TConn], None]) -> None:
+        self.waiting[conn] = None
+        self.poller.register(conn.sock, event, lambda _: self.go_on(conn, step))
+
+    def go_on(self, conn: TConn, step: Callable[[TConn], None]) -> None:
+        if conn in self.waiting:
+            del self.waiting[conn]
+            self.poller.unregister(conn.sock)
+        try:
+            step(conn)
+        except OSError:  # the client has gone
+            self.close(conn)
+
+    def close(self, conn: TConn) -> None:
+        self.nr_conns -= 1
+        conn.close()
+
+    def accept(self, listener: Any) -> bool:
+        try:
+            sock, address = listener.accept()
+        except OSError:  # nobody is there any more, or there is no room
+            return False
+        client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
+        socket.socket.setblocking(client, False)
+        # Else a client that takes nothing would have a whole answer in the kernel's memory.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        conn = TConn(self.cfg, client, address, listener.getsockname())
+        conn.parser, conn.data_ready = ClientParser(self.cfg, client, address), True
+        self.nr_conns += 1
+        self.await_head(conn)
+        return True
+
+    def await_head(self, conn: TConn) -> None:
+        sock = conn.sock
+        if len(sock.received) > 16_384 or can_be_read(sock.received):
+            self.enqueue_req(conn)
+            return
+        if sock.received:
+            conn.timeout = sock.deadline
+        else:
+            conn.timeout = time.monotonic() + (keepalive if self.alive else STOP_KEEPALIVE_LINGER)
+        self.wait(conn, selectors.EVENT_READ, self.read_head)
+
+    def read_head(self, conn: TConn) -> None:
+        if not conn.sock.received:
+            conn.sock.deadline = time.monotonic() + body_timeout
+        conn.sock.received += conn.sock.receive()
+        self.await_head(conn)
+
+    def handle(self, conn: TConn) -> Any:
+        # The wait for a thread counts, else slow bodies in a row would hold the threads for one
+        # deadline after the other. By then most of an honest one is here.
+        conn.sock.deadline = max(conn.sock.deadline, time.monotonic() + body_timeout / 20)
+        return super().handle(conn)
+
+    def finish_request(self, conn: TConn, fs: Any) -> None:
+        conn.timeout = time.monotonic() + 2 * body_timeout
+        self.go_on(conn, partial(self.finish_answer, fs))
+
+    def finish_answer(self, fs: Any, conn: TConn) -> None:
+        sock = conn.sock
+        if not sock.send_rest():
+            self.wait(conn, selectors.EVENT_WRITE, partial(self.finish_answer, fs))
+        elif fs.exception() or not fs.result():
+            sock.shutdown(socket.SHUT_WR)
+            conn.timeout = time.monotonic() + 2
+            self.wait(conn, selectors.EVENT_READ, self.linger)
+        else:
+            sock.received = conn.parser.unreader.take_buffered() + sock.received
+            sock.deadline = time.monotonic() + body_timeout
+            self.await_head(conn)
+
+    def linger(self, conn: TConn) -> None:
+        """Read what still comes: unread, it would reset the connection under the answer."""
+        conn.sock.receive()
+        self.wait(conn, selectors.EVENT_READ, self.linger)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        super().wait_for_and_dispatch_events(0.1 if self.waiting else timeout)
+
+    def murder_pending(self) -> None:
+        """Close what is overdue, and the oldest where there are too many."""
+        now = time.monotonic()
+        if now > self.looked + 0.1:
+            self.looked = now
+            for conn in [conn for conn in self.waiting if conn.timeout <= now]:
+                self.go_on(conn, self.close)
+        while self.nr_conns >= self.worker_connections and self.waiting:
+            self.go_on(next(iter(self.waiting)), self.close)
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """When the worker stops."""
+        # Nobody else takes what has come to this socket, and what is still to come goes elsewhere.
+        for listener in self.sockets:
+            while self.accept(listener):
+                pass
+            listener.close()
+        for conn in self.waiting:
+            if not conn.sock.received and not conn.sock.unsent:
+                conn.timeout = min(conn.timeout, deadline)
+
+    def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: Exception) -> None:
+        """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
+
+        Of the exception only its type is logged: the text may quote a token, from a body that a
+        wrong Content-Length made look like the next request.
+        """
+        if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
+            too_much = "The request line or a header is too long, or there are too many headers."
+            refusal = app.Refusal("request_too_large", too_much)
+        elif req is None:
+            refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
+        else:
+            refusal = app.Refusal("internal_error")
+            app.log.error("unhandled exception", exc_info=exc)
+        request_id = app.request_id_of("")
+        body = json.dumps(refusal.body(request_id)).encode()
+        head = (
+            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
+            "Connection: close\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\n\r\n"
+        )
+        client.sendall(head.encode() + body)
+        app.record_answer(
+            method=getattr(req, "method", ""),
+            path=getattr(req, "path", ""),
+            client=addr[0],
+            status=refusal.status,
+            request_id=request_id,
+            error=refusal.code,
+            cause=type(exc).__name__,
+        )
+
+
+worker_class = Worker
+
+
+# --- Hooks ----------------------------------------------------------------------------------------
+
+
+def on_starting(server: Any) -> None:
+    # Workers with reuse_port would share the port with another service unnoticed.
+    server.cfg.set("reuse_port", False)
+    close_sockets(create_sockets(server.cfg, server.log))
+    server.cfg.set("reuse_port", reuse_port)
+    # Now that the port is this service's own, so is the folder. The master's own files go as well:
+    # its gauges would count beside the workers'.
+    for file in metrics.glob("*.db"):
+        file.unlink()
 
 
 def when_ready(server: Any) -> None:
+    murder, looked, spared = server.murder_workers, [time.monotonic()], [0.0]
+
+    def murder_workers() -> None:
+        # Called every second. After a pause the master slept as well, as in a frozen container or a
+        # node's live migration: the workers get time to be heard of again.
+        now = time.monotonic()
+        if now - looked[0] > 5:
+            spared[0] = now + server.cfg.timeout
+        looked[0] = now
+        if now >= spared[0]:
+            murder()
+
+    server.murder_workers = murder_workers
     # What is loaded stays. Were the workers' garbage collectors to look through it, each would get
     # a copy of its own, 4 MiB of memory.
     gc.collect()
     gc.freeze()
-    # Now that the port is this service's own, so is the folder. Every worker's files are made here,
-    # whole: whoever replaces one finds them, and needs no space that may be gone by then. On SIGHUP
-    # old and new workers live side by side.
-    for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db"):
-        file.unlink()
-    for slot in range(2 * workers):
-        app.write_metrics_as(str(slot))
-    app.write_metrics_as("master")
-    # No thread waits for a client that connects and sends nothing, nor for ever to write an answer
-    # of Gunicorn's own; the connections inherit both.
-    for listener in server.LISTENERS:
-        if hasattr(socket, "TCP_DEFER_ACCEPT"):
-            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, keepalive)
-        listener.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 10, 0))
-
-
-def pre_fork(server: Any, worker: Any) -> None:
-    taken = {other.slot for other in server.WORKERS.values()}
-    worker.slot = next(slot for slot in map(str, itertools.count()) if slot not in taken)
 
 
 def post_fork(server: Any, worker: Any) -> None:
     # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
     # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    app.write_metrics_as(worker.slot, alive=True)
+    (stdout,) = logging.getLogger().handlers
+    stdout.start()  # type: ignore[attr-defined]
+    app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
     # Python runs one thread of a process at a time. Threads that pass their turn from core to core
-    # cost a worker of 64 threads 40 % more CPU than on one core. Several workers need all cores.
+    # cost a worker of 64 threads 14 % more CPU in a pod with half a core. Several need all cores.
     if workers == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})  # noqa: S311
 
 
-def pre_request(worker: Any, req: Any) -> None:
-    """Give the application the means to close the connection after its answer."""
-    req.body.force_close = req.force_close
-
-
 def post_worker_init(worker: Any) -> None:
-    worker.handle_error = types.MethodType(refuse_unreadable_request, worker)
-    enqueue, handle, deadline = (
-        worker.enqueue_req,
-        worker.handle,
-        worker.wsgi.extensions["deadline"],
-    )
-
-    def enqueue_req(conn: Any) -> None:
-        conn.arrived = time.monotonic()
-        enqueue(conn)
-
-    def handle_in_time(conn: Any) -> Any:
-        deadline.start(conn.sock, conn.arrived)
-        try:
-            return handle(conn)
-        finally:
-            deadline.stop(conn.sock)
-
-    worker.enqueue_req, worker.handle = enqueue_req, handle_in_time
-    threading.Thread(target=worker.wsgi.extensions["warm_up"], daemon=True).start()
+    threading.Thread(target=worker.wsgi.warm_up, daemon=True).start()
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    # mark_process_dead would delete the files of gauges, and the next worker may find no space for
-    # its own. The master leaves the slot again: a fork would take what it remembers for the counts.
-    app.write_metrics_as(worker.slot)
-    app.write_metrics_as("master")
-
-
-def refuse_unreadable_request(
-    worker: Any, req: Any, client: Any, addr: Any, exc: Exception
-) -> None:
-    """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
-
-    Of the exception only its type is logged: the text may quote a token, from a body that a wrong
-    Content-Length made look like the next request.
-    """
-    ours = isinstance(exc, (InvalidResponseHeader, InvalidResponseHeaderName))
-    if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
-        refusal = app.Refusal(
-            "request_too_large",
-            f"The request line may have {worker.cfg.limit_request_line} bytes, a header line "
-            f"{worker.cfg.limit_request_field_size}, and {worker.cfg.limit_request_fields} headers "
-            "are allowed.",
-        )
-    elif isinstance(exc, ParseException) and not ours:
-        refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
-    else:
-        refusal = app.Refusal("internal_error")
-        app.log.error("unforeseen error", exc_info=exc)
-    request_id = app.request_id_of("")
-    body = json.dumps(refusal.body(request_id)).encode()
-    head = (
-        f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        f"X-Request-Id: {request_id}\r\n\r\n"
-    )
-    with suppress(OSError):  # the client may have gone
-        client.sendall(head.encode() + body)
-    app.record_answer(
-        method=getattr(req, "method", ""),
-        path=getattr(req, "path", ""),
-        client=addr[0] if addr else "",
-        status=refusal.status,
-        request_id=request_id,
-        error=refusal.code,
-        cause=type(exc).__name__,
-    )
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]

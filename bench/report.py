@@ -16,12 +16,16 @@ from xml.sax.saxutils import escape
 BENCH = Path(__file__).resolve().parent
 
 # List prices of us-east-1, without the free tier. Fargate stands in for what an EKS node costs.
+PRICES_OF = "2026"
 SQS_DOLLARS_PER_MILLION = 0.40
 VCPU_DOLLARS_PER_HOUR = 0.04048
+API_GATEWAY_DOLLARS_PER_MILLION = 1.00  # HTTP API, up to 300 million requests a month
 PRICES = (
     f"Prices: SQS standard queue ${SQS_DOLLARS_PER_MILLION:.2f} per million requests; AWS Fargate "
-    f"${VCPU_DOLLARS_PER_HOUR} per vCPU-hour, as a stand-in for EKS. SQS bills each 64 KB of a "
-    "call as one request; ten of these messages (0.5 KB each) are one."
+    f"${VCPU_DOLLARS_PER_HOUR} per vCPU-hour, as a stand-in for EKS; an HTTP API of API Gateway "
+    f"${API_GATEWAY_DOLLARS_PER_MILLION:.2f} per million requests. List prices of us-east-1, "
+    f"{PRICES_OF}. SQS bills each 64 KB of a call as one request; ten of these messages (0.5 KB "
+    "each) are one."
 )
 SSM_READS_PER_SECOND = 40  # GetParameter(s) of an account and region, without higher throughput
 TOKEN_CACHE_SECONDS = 60
@@ -72,6 +76,12 @@ def compare_table(compared: dict[str, list[Figures]]) -> Table:
             low, mid, high = map(form.format, (min(values), median(values), max(values)))
             row.append(mid if low == high else f"{mid} ({low}-{high})")
         table.append(row)
+    cost = API_GATEWAY_DOLLARS_PER_MILLION + SQS_DOLLARS_PER_MILLION
+    computed = {"sqs_calls": "1.000", "cost": f"{cost:.3f}"}
+    cells = (computed.get(key, "") for key, _ in COLUMNS.values())
+    table.append(
+        ["API Gateway straight into SQS (computed; checks neither token nor fields)", *cells]
+    )
     return table
 
 

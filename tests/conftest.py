@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
+    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -236,7 +238,7 @@ class Service:
         self.temporary.mkdir()
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                gunicorn(),
+                [*self.wrapper, *gunicorn()],
                 cwd=PROJECT,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
@@ -374,7 +376,7 @@ def fake(fake_process: FakeAws) -> FakeAws:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run the bad days in their long form")
+    parser.addoption("--full", action="store_true", help="run the failure modes in their long form")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -425,6 +427,8 @@ def kill(pid: int) -> None:
 @pytest.fixture(scope="session")
 def start_service(aws: Aws, tmp_path_factory: pytest.TempPathFactory) -> StartService:
     """Make a service that is not started yet: use it in a `with`."""
+    if find_spec("fcntl") is None:
+        pytest.skip("Gunicorn needs POSIX")
 
     def make(**variables: str) -> Service:
         folder = tmp_path_factory.mktemp("service") / "tmp"

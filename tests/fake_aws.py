@@ -1,8 +1,8 @@
 """A fast fake of SSM and SQS over real HTTP, whose faults are switched while it runs.
 
-`python tests/fake_aws.py` prints its URL and serves until it is told to stop; tests and the
-benchmark start it with the class FakeAws. One asyncio protocol and no framework: it must never be
-what limits a measurement. Beside the two services it serves /control:
+`python tests/fake_aws.py` prints its URL, and that of /control, and serves until told to stop;
+tests and the benchmark start it with the class FakeAws. One asyncio protocol and no framework: it
+must never be what limits a measurement. Beside the two services it serves /control:
 
   PUT     change the settings that the JSON object names (attributes of Settings); "faults" maps an
           operation, "SSM", "SQS" or "*" to a fault, and the most exact name counts:
@@ -13,6 +13,9 @@ what limits a measurement. Beside the two services it serves /control:
             {"kind": "lost_answer"}             accepted, but the connection is reset
             {"kind": "error", "status": 500, "code": "InternalFailure"}
             {"kind": "garbage"}                 200 with a body that is no JSON
+            {"kind": "trickle"}                 an answer that never ends, byte by byte
+            {"kind": "huge"}                    200 with a body of 8 MiB
+            {"kind": "close"}                   answers, and closes the connection a moment later
             {"kind": "fail_entries", "code": "InternalError", "sender_fault": false}
           Each takes "share", from 0 to 1: of the calls, or with fail_entries of a batch's entries.
   GET     how many calls, answers and accepted messages there were; /control/messages: the messages
@@ -30,6 +33,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -37,6 +41,10 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 
 REGION, ACCOUNT, QUEUE = "us-west-1", "000000000000", "dev-CP-queue"
 PARAMETER, TOKEN = "/email-service/api-token", "$DJISA<$#45ex3RtYr"
@@ -52,6 +60,9 @@ class Settings:
     max_message_bytes: int = 1_048_576
     latency_ms: float = 0
     record: bool = True  # keep the messages, not only their number
+    verify: bool = False  # check each signature as AWS does, with botocore's signer
+    secrets: dict[str, str] = field(default_factory=lambda: {"test": "test"})  # by access key
+    session_token: str = ""  # that each call must bring
     faults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -68,6 +79,35 @@ class AwsError(Exception):
 
 def sqs_error(name: str, message: str, code: str = "") -> AwsError:
     return AwsError(f"com.amazonaws.sqs#{name}", message, code or f"AWS.SimpleQueueService.{name}")
+
+
+_authorization = re.compile(
+    r"AWS4-HMAC-SHA256 Credential=([^/]+)/\d{8}/([^/]+)/([^/]+)/aws4_request, ?"
+    r"SignedHeaders=([^,]+), ?Signature=([0-9a-f]{64})"
+).fullmatch
+
+
+def check_signature(head: bytes, body: bytes, url: str, settings: Settings) -> None:
+    """Raises AwsError unless botocore's signer signs what arrived in the same way."""
+    request_line, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    found = _authorization(headers.get("authorization", ""))
+    if not found:
+        raise AwsError("MissingAuthenticationTokenException", "", status=403)
+    access_key, region, service, signed, signature = found.groups()
+    token = headers.get("x-amz-security-token", "")
+    if access_key not in settings.secrets or token != settings.session_token:
+        raise AwsError("UnrecognizedClientException", "The security token is invalid.", status=403)
+    names = signed.split(";")
+    needed = {"host", "x-amz-date", "x-amz-target", *(["x-amz-security-token"] if token else [])}
+    path = request_line.split()[1]
+    request = AWSRequest("POST", url + path, data=body, headers={n: headers[n] for n in names})
+    request.context["timestamp"] = headers["x-amz-date"]
+    signer = SigV4Auth(Credentials(access_key, settings.secrets[access_key]), service, region)
+    text = signer.string_to_sign(request, signer.canonical_request(request))
+    if not needed <= {*names} or signer.signature(text, request) != signature:
+        message = "The request signature we calculated does not match the one you provided."
+        raise AwsError("InvalidSignatureException", message, status=403)
 
 
 # What XML 1.0 has no place for, SQS refuses.
@@ -287,12 +327,12 @@ class Connection(asyncio.Protocol):
             self.busy = True
             target = _target(head)
             if target:
-                self.call(target[1].decode(), target[2].decode(), body)
+                self.call(target[1].decode(), target[2].decode(), head, body)
             else:
                 method, path, _ = head.decode("latin-1").split(" ", 2)
                 self.control(method, path, body)
 
-    def call(self, target: str, operation: str, body: bytes) -> None:
+    def call(self, target: str, operation: str, head: bytes, body: bytes) -> None:
         """Answer a call to SSM or SQS, or do what the fault says instead."""
         service = target.removeprefix("Amazon")
         self.operation = service, operation
@@ -307,11 +347,19 @@ class Connection(asyncio.Protocol):
                 self.hanging.add(self)
             return
         status, answer, more = 200, b"<html>This is no JSON", ""
+        if kind == "trickle":
+            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
+            self.trickle()
+            return
         try:
+            if self.settings.verify:
+                check_signature(head, body, f"http://{self.host(head)}", self.settings)
             if kind == "error":
                 text = fault.get("message", "A fault of the fake.")
                 raise AwsError(fault["code"], text, status=fault["status"])
-            if kind not in ("reset", "garbage"):
+            if kind == "huge":
+                answer = bytes(2**23)
+            elif kind not in ("reset", "garbage"):
                 method = getattr(self.services, f"{target}_{operation}", None)
                 if method is None:
                     raise AwsError("com.amazon.coral.service#UnknownOperationException", "")
@@ -329,6 +377,16 @@ class Connection(asyncio.Protocol):
             self.loop.call_later(delay, self.answer_later, status, answer, kind_of_json, more)
         else:
             self.answer(status, answer, kind_of_json, more)
+        if kind == "close":
+            self.loop.call_later(delay + 0.05, self.transport.close)
+
+    def host(self, head: bytes) -> str:
+        return head.lower().partition(b"\r\nhost:")[2].partition(b"\r\n")[0].decode().strip()
+
+    def trickle(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b" ")
+            self.loop.call_later(0.05, self.trickle)
 
     def answer(self, status: int, body: bytes, content_type: str, more: str = "") -> None:
         head = (
@@ -378,14 +436,15 @@ class Connection(asyncio.Protocol):
 class FakeAws:
     """The fake in a process of its own: `with FakeAws() as aws`."""
 
-    def __init__(self, latency_ms: float = 0) -> None:
-        self._latency_ms = latency_ms
+    def __init__(self, latency_ms: float = 0, certificate: str = "") -> None:
+        self._arguments = ["--latency-ms", str(latency_ms), "--certificate", certificate]
 
     def __enter__(self) -> FakeAws:
-        command = [sys.executable, __file__, "--latency-ms", str(self._latency_ms)]
+        command = [sys.executable, __file__, *self._arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
         self.url = self.process.stdout.readline().strip()
+        self.control_url = self.process.stdout.readline().strip()
         self.queue_url = f"{self.url}/{ACCOUNT}/{QUEUE}"
         return self
 
@@ -431,7 +490,9 @@ class FakeAws:
 
     def _control(self, method: str, changes: Any = None, path: str = "/control") -> Any:
         # Not urllib: a proxy of the environment must not come between.
-        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
+        connection = http.client.HTTPConnection(
+            self.control_url.removeprefix("http://"), timeout=30
+        )
         try:
             connection.request(method, path, json.dumps(changes))
             answer = connection.getresponse()
@@ -443,16 +504,27 @@ class FakeAws:
         return value
 
 
-async def serve(port: int, settings: Settings) -> None:
+async def serve(port: int, settings: Settings, certificate: str = "") -> None:
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(stop_signal, stopped.set)
     services = Services(settings)
-    server = await loop.create_server(lambda: Connection(services), "127.0.0.1", port, backlog=1024)
-    host, port = server.sockets[0].getsockname()
-    print(f"http://{host}:{port}", flush=True)
+    tls = None
+    if certificate:
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        tls.load_cert_chain(certificate)
+    servers = []
+    for number, context in ((port, tls), (0, None)):
+        servers.append(
+            await loop.create_server(
+                lambda: Connection(services), "127.0.0.1", number, backlog=1024, ssl=context
+            )
+        )
+        host, bound = servers[-1].sockets[0].getsockname()
+        print(f"{'https' if context else 'http'}://{host}:{bound}", flush=True)
     await stopped.wait()
-    server.close()
+    for server in servers:
+        server.close()
 
 
 def main() -> None:
@@ -462,8 +534,10 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=0, help="0 (the default): any free one")
     parser.add_argument("--latency-ms", type=float, default=0, help="of each AWS call (default 0)")
+    parser.add_argument("--certificate", default="", help="a PEM file with a key: serve over TLS")
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.port, Settings(latency_ms=arguments.latency_ms)))
+    settings = Settings(latency_ms=arguments.latency_ms)
+    asyncio.run(serve(arguments.port, settings, arguments.certificate))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""The benchmark's own parts, without its load: its options, contenders, fake, tables and chart."""
+"""What the benchmark needs of other files, which break it without a word; and its tables."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import subprocess
@@ -21,127 +20,76 @@ import report  # beside run.py
 import run
 
 SOURCE = (PROJECT / "bench" / "run.py").read_text("utf-8")
-CONTENDERS = {value.name: value for value in vars(run).values() if isinstance(value, run.Contender)}
+FIGURES = {key: 2.0 for key, _ in report.COLUMNS.values()} | {"sqs_rate": 2.0, "ssm_rate": 2.0}
+RAW: dict[str, Any] = {  # what a run of two rounds would keep
+    "command": "python bench/run.py --write",
+    "machine": {"CPU": "one <fast> & quiet"},
+    "options": {"rounds": 2, "seconds": 1, "clients": 64, "latency_ms": 8},
+    "ceiling": 9_999.0,
+    "compare": {
+        run.THROUGHPUT.name: [{**FIGURES, "rate": 1_000}, {**FIGURES, "rate": 3_000}],
+        "direct 4x2 <&>": [FIGURES, FIGURES],
+    },
+    "alone": {run.DEFAULT.name: [{**FIGURES, "p50_ms": 3}], run.CACHED.name: [FIGURES]},
+    "metrics": {
+        run.THROUGHPUT.name: [{**FIGURES, "cpu_us": 103}],
+        run.NO_METRICS.name: [{**FIGURES, "cpu_us": 100}],
+    },
+    "sweep": [{"name": run.THROUGHPUT.name, "clients": 1, "latency_ms": 2, **FIGURES}],
+}
 
 
-def figures(**changed: float) -> dict[str, float]:
-    keys = {key for key, _ in report.COLUMNS.values()} | {"sqs_rate", "ssm_rate"}
-    return {**dict.fromkeys(keys, 2.0), **changed}
-
-
-@pytest.fixture
-def raw() -> dict[str, Any]:
-    """What a run of two rounds would keep."""
-    ours, without = run.THROUGHPUT.name, run.NO_METRICS.name
-    case = {"name": ours, "clients": 1, "latency_ms": 2}
-    return {
-        "command": "python bench/run.py --write",
-        "machine": {"CPU": "one <fast> & quiet"},
-        "options": {"rounds": 2, "seconds": 1, "clients": 64, "latency_ms": 8},
-        "ceiling": 9_999.0,
-        "compare": {
-            ours: [figures(rate=1_000), figures(rate=3_000)],
-            "direct 4x2 <&>": [figures(), figures()],
-        },
-        "alone": {run.DEFAULT.name: [figures(p50_ms=3)], run.CACHED.name: [figures(p50_ms=2)]},
-        "metrics": {ours: [figures(cpu_us=103)], without: [figures(cpu_us=100)]},
-        "sweep": [{**case, **figures()}],
-    }
-
-
-def test_run_lists_its_options() -> None:
-    command = [sys.executable, PROJECT / "bench" / "run.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert {"--write", "--alone", "--sweep", "--metrics"} <= set(re.findall(r"--\w+", done.stdout))
-
-
-def test_every_file_that_a_contender_needs_is_there() -> None:
-    assert len(CONTENDERS) == 7
-    for name, contender in CONTENDERS.items():
-        assert contender.folder.is_dir(), name
+def test_every_contender_is_there() -> None:
+    for contender in [each for each in vars(run).values() if isinstance(each, run.Contender)]:
         last = contender.command[-1]
-        if found := re.fullmatch(r"(\w+):create_app\((\w*).*\)", last):
-            (file,) = (PROJECT / "bench").rglob(f"{found[1]}.py")
-            (function,) = (
-                node
-                for node in ast.parse(file.read_text("utf-8")).body
-                if isinstance(node, ast.FunctionDef) and node.name == "create_app"
-            )
-            taken = {argument.arg for argument in function.args.args}
-            assert {found[2]} - {""} <= taken, name
+        if found := re.fullmatch(r"(\w+):create_app\(.*\)", last):
+            assert list((PROJECT / "bench").rglob(f"{found[1]}.py")), contender.name
         elif not last.startswith("127.0.0.1:"):
-            assert (contender.folder / last).is_file(), name
-    for file in ("post.lua", "requirements.txt", "contenders/fastify/package-lock.json"):
-        assert Path(file).name in SOURCE
-        assert (PROJECT / "bench" / file).is_file()
+            assert (contender.folder / last).is_file(), contender.name
+
+
+def test_fake_has_all_that_is_asked_of_it(fake_process: FakeAws) -> None:
+    asked = set(re.findall(r"\baws\.(\w+)", SOURCE))
+    assert {name for name in asked if not hasattr(fake_process, name)} == set()
+    assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Settings()).keys()
+    counts = set(re.findall(r'\b(?:before|after)\["(\w+)"\]', SOURCE))
+    assert counts <= fake_process.counts().keys()
+    operations = {
+        name for pair in re.findall(r'calls\("(\w+)", "(\w+)"\)', SOURCE) for name in pair
+    }
+    assert operations <= {name.partition("_")[2] for name in vars(Services)}
+    assert operations
 
 
 def test_contender_without_metrics_counts_nothing() -> None:
     code = (
-        "import app, no_metrics; client = no_metrics.create_app().test_client();"
-        "print(client.post('/process').status_code, client.get('/ready').status_code);"
-        "print(*(n for n, v in vars(app).items() if isinstance(v, no_metrics.Nothing)));"
-        "print(app.metrics_text().decode())"
+        "import app, no_metrics, prometheus_client.metrics as m; no_metrics.create_app();"
+        "tables = [v if isinstance(v, dict) else {0: v} for v in vars(app).values()];"
+        "values = [v for t in tables for v in t.values()];"
+        "print(sum(isinstance(v, no_metrics.Nothing) for v in values));"
+        "print(sum(isinstance(v, m.MetricWrapperBase) for v in values))"
     )
     path = f"{PROJECT}:{PROJECT / 'bench' / 'contenders'}"
-    dead = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "SQS_QUEUE_URL": "http://127.0.0.1:9/1/q"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": path, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", **dead},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    statuses, names, *metrics = done.stdout.splitlines()
-    assert statuses == "415 503"
-    source = (PROJECT / "app.py").read_text("utf-8")
-    metric = r"^([A-Z_]+) = (?:_counter|prometheus_client\.\w+)\("
-    assert set(names.split()) == set(re.findall(metric, source, re.MULTILINE))
-    ours = [line for line in metrics if re.match(r"email_processor_\w+(?<!_created)[{ ]", line)]
-    assert ours
-    assert [line for line in ours if not line.endswith(" 0.0")] == []
+    environ = {"PYTHONPATH": path, "SQS_QUEUE_URL": "http://127.0.0.1:9/1/queue"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    replaced, left = map(int, done.stdout.split())
+    assert replaced >= 5
+    assert left == 0
 
 
-def test_fake_has_every_setting_count_and_operation_that_is_asked_of_it(
-    fake_process: FakeAws,
-) -> None:
-    asked = set(re.findall(r"\baws\.(\w+)", SOURCE))
-    assert {name for name in asked if not hasattr(fake_process, name)} == set()
-    settings = set(re.findall(r"\baws\.set\((\w+)=", SOURCE))
-    assert settings
-    assert settings <= vars(Settings()).keys()
-    counts = set(re.findall(r'\b(?:before|after)\["(\w+)"\]', SOURCE))
-    assert counts
-    assert counts <= fake_process.counts().keys()
-    operations = re.findall(r'calls\("(\w+)", "(\w+)"\)', SOURCE)
-    services = [name.partition("_")[2] for name in vars(Services) if name.startswith("Amazon")]
-    assert len(operations) == 2
-    assert {name for pair in operations for name in pair} <= set(services)
-
-
-def test_tables_hold_medians_and_ratios(raw: dict[str, Any]) -> None:
-    page = report.results(raw)
+def test_tables_hold_medians_with_ratios() -> None:
+    page = report.results(RAW)
     assert "| email-processor 1x64 | 2,000 (1,000-3,000) | 2 |" in page
-    assert re.findall(r"^## (.+)$", page, re.MULTILINE)[1:5] == [
-        "Ratios within the run",
-        "One client alone",
-        "What metrics cost",
-        "How cost grows",
-    ]
     metrics = page.split("## What metrics cost\n")[1].split("\n## ")[0]
     assert metrics.strip().splitlines()[-1] == "| ratio | 1.000 | 1.030 |"
     assert page.split("## One client alone\n")[1].split("| ratio | ")[1].startswith("1.500 |")
 
 
-def test_results_and_a_well_formed_chart_are_written(
-    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chart_is_well_formed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "BENCH", tmp_path)
-    report.write(json.loads(json.dumps(raw)))
-    assert (tmp_path / "RESULTS.md").read_text("utf-8") == report.results(raw)
-    svg = "{http://www.w3.org/2000/svg}"
+    report.write(json.loads(json.dumps(RAW)))
+    assert (tmp_path / "RESULTS.md").read_text("utf-8") == report.results(RAW)
     chart = ElementTree.fromstring((tmp_path / "chart.svg").read_text("utf-8"))
-    bars = [bar.get("class") for bar in chart.iter(f"{svg}rect")]
+    bars = [bar.get("class") for bar in chart.iter("{http://www.w3.org/2000/svg}rect")]
     assert bars == ["page", *["ours", "other"] * len(report.PANELS)]
-    assert "direct 4x2 <&>" in {text.text for text in chart.iter(f"{svg}text")}

@@ -1,28 +1,44 @@
-"""README.md and openapi.yaml say what app.py does; one that changes alone fails here."""
+"""The pages and openapi.yaml say what app.py does; one that changes alone fails here."""
 
-import dataclasses
 import json
 import re
+import runpy
 import tomllib
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import REGISTRY
 
 import app
 
-README = (app.PROJECT / "README.md").read_text("utf-8")
+PAGES = {
+    file.stem.lower(): file.read_text("utf-8")
+    for file in (*sorted(app.PROJECT.glob("*.md")), *sorted(app.PROJECT.glob("docs/*.md")))
+}
+README = PAGES["readme"]
+TABLES = runpy.run_path(str(app.PROJECT / "docs/tables.py"))
 BENCH_RESULTS = (app.PROJECT / "bench/RESULTS.md").read_text("utf-8")
 OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_text("utf-8"))
 
 
-def readme_table(heading: str) -> list[list[str]]:
+def page(name: str) -> str:
+    """The text of a page: README.md, SETUP.md or docs/NAME.md."""
+    return PAGES[name]
+
+
+def section(heading: str) -> str:
+    """What stands under a heading, on whatever page."""
+    for text in (README, *PAGES.values()):
+        if found := re.search(rf"^(#+) {re.escape(heading)}\n", text, re.MULTILINE):
+            return re.split(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], flags=re.M)[0]
+    raise AssertionError(heading)
+
+
+def table(heading: str) -> list[list[str]]:
     """The rows of the first table under a heading, without its head; cells stripped of `."""
-    section = README.split(f"# {heading}\n", 1)[1]
-    table = re.search(r"^\|.*\n\|[-|]+\n((?:\|.*\n)+)", section, re.MULTILINE)
-    assert table, heading
-    rows = table[1].splitlines()
+    found = re.search(r"^\|.*\n\|[-|: ]+\n((?:\|.*\n)+)", section(heading), re.MULTILINE)
+    assert found, heading
+    rows = found[1].splitlines()
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
 
 
@@ -44,32 +60,21 @@ def error_examples(schema: Any) -> dict[str, str]:
     return {}
 
 
-def test_readme_lists_every_variable_with_its_default() -> None:
-    def shown(setting: dataclasses.Field[Any]) -> str:
-        if setting.default is dataclasses.MISSING:
-            return "required"
-        return (
-            ",".join(setting.default)
-            if isinstance(setting.default, tuple)
-            else str(setting.default)
-        )
-
-    expected = {
-        setting.name.upper(): shown(setting) for setting in dataclasses.fields(app.Settings)
-    }
-    assert {row[0]: row[1] for row in readme_table("Configuration")} == expected
+def test_tables_are_what_the_code_makes_of_them() -> None:
+    """`python docs/tables.py` mends one that is not."""
+    stale = [name for name, text in PAGES.items() if TABLES["rewritten"](text) != text]
+    assert stale == []
+    made = re.findall(r"<!-- table: (\w+) -->", "".join(PAGES.values()))
+    assert sorted(made) == ["errors", "metrics", "settings"]
 
 
-def test_readme_lists_every_error_with_its_status_in_the_order_of_the_checks() -> None:
-    rows = [(row[1], int(row[0])) for row in readme_table("Errors")]
-    assert rows == [(code, status) for code, (status, _) in app.ERRORS.items()]
+def test_every_setting_has_a_meaning() -> None:
+    assert [row[0] for row in table("Configuration") if not row[3]] == []
 
 
 def test_readme_and_openapi_list_every_route() -> None:
     routes = {route for route in served_routes() if not route.startswith("GET /docs/")}
-    in_readme = {
-        route for row in readme_table("API") for route in row[0].replace("`", "").split(", ")
-    }
+    in_readme = {route for row in table("API") for route in row[0].replace("`", "").split(", ")}
     in_openapi = {
         f"{method.upper()} {path}"
         for path, item in OPENAPI["paths"].items()
@@ -86,7 +91,7 @@ def test_readme_and_openapi_list_the_same_headers() -> None:
     in_openapi = {
         p["name"] if "name" in p else shared[p["$ref"].split("/")[-1]]["name"] for p in parameters
     }
-    assert {row[0] for row in readme_table("POST /process")} == {"Content-Type", *in_openapi}
+    assert {row[0] for row in table("POST /process")} == {"Content-Type", *in_openapi}
 
 
 def test_openapi_gives_every_error_code_an_example_and_no_other() -> None:
@@ -99,48 +104,14 @@ def test_openapi_documents_every_status_of_process() -> None:
     assert documented - {"404", "405"} == {"200", "429", *statuses}
 
 
-def test_openapi_explains_every_error_as_the_readme_does() -> None:
-    explained = []
+def test_openapi_explains_the_errors_that_it_shows() -> None:
     for name, response in OPENAPI["components"]["responses"].items():
         if name == "TooManyRequests":
             continue  # not the service's
         content, description = response["content"]["application/json"], response["description"]
         codes = list(error_examples(content))
-        table = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", description, re.M)
-        rows = table[1:]  # the first is its head
-        assert [code for code, _, _ in rows] == codes
+        assert re.findall(r"^\| `(\w+)` \|", description, re.M)[1:] == codes
         assert list(content.get("examples", {})) == codes  # the page shows these names
-        explained += [tuple(cell.strip("`") for cell in row) for row in rows]
-    assert sorted(explained) == sorted(tuple(row[1:4]) for row in readme_table("Errors"))
-
-
-def test_openapi_shows_the_429_of_the_web_acl() -> None:
-    template = (app.PROJECT / "infra/email-processor.yaml").read_text("utf-8")
-    body = re.search(r'TooManyRequests:\n.*\n +Content: >-\n +(\{"status".*\})\n', template)
-    assert body
-    response = OPENAPI["components"]["responses"]["TooManyRequests"]
-    assert response["content"]["application/json"]["example"] == json.loads(body[1])
-    assert re.search(r"ResponseCode: 429\n(?:.*\n){1,3} +- Name: Retry-After\n", template)
-
-
-def test_readme_lists_every_metric_with_its_type_labels_and_label_values() -> None:
-    served = {}
-    for metric in REGISTRY.collect():
-        labels: dict[str, set[str]] = {}
-        for name, value in (pair for sample in metric.samples for pair in sample.labels.items()):
-            labels.setdefault(name, set()).add(value)
-        labels.pop("le", None)  # a histogram's own
-        name = metric.name + "_total" * (metric.type == "counter")
-        if name.startswith("email_processor"):
-            served[name] = (metric.type, labels)
-    listed = {}
-    for name, kind, cell, _ in readme_table("Metrics"):
-        label, *values = re.findall(r"`(\w+)`", f"`{cell}`") or [""]
-        codes = app.ERRORS.keys() if "error code" in cell else set()
-        listed[name] = (kind, {label: {*values, *codes}} if label else {})
-    # Gauges of the time since when a process counts; Gunicorn's workers together have none.
-    served = {name: found for name, found in served.items() if not name.endswith("_created")}
-    assert listed == served
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -170,14 +141,14 @@ def bench_row(name: str) -> dict[str, float]:
 
 
 def test_figures_of_the_readme_are_those_of_the_benchmark() -> None:
-    section = README.split("## Performance\n")[1].split("\n## ")[0]
-    figures = set(re.findall(r"(?<![\w=])\d[\d,]*(?:\.\d+)?(?!\d*\s*threads)", section))
+    pattern = r"(?<![\w=])\d[\d,]*(?:\.\d+)?(?!\d*\s*threads)"
+    figures = set(re.findall(pattern, section("Performance")))
     assert len(figures) >= 8
     assert [figure for figure in sorted(figures) if figure not in BENCH_RESULTS] == []
 
 
 def test_sizing_of_a_pod_follows_from_the_benchmark() -> None:
-    setup = (app.PROJECT / "SETUP.md").read_text("utf-8")
+    setup = page("setup")
     for label, name in (("default", "email-processor 4x2"), ("throughput", "email-processor 1x64")):
         found = re.search(rf"^\| {label} \|.*\|$", setup, re.MULTILINE)
         assert found
@@ -191,31 +162,28 @@ def test_sizing_of_a_pod_follows_from_the_benchmark() -> None:
         )
 
 
-def test_every_bad_day_that_is_tested_is_in_the_table_and_the_other_way_round() -> None:
-    table = (app.PROJECT / "RELIABILITY.md").read_text("utf-8")
+def test_reliability_page_lists_every_tested_failure() -> None:
     tests = (app.PROJECT / "tests/test_faults.py").read_text("utf-8")
-    assert set(re.findall(r"`(test_\w+)`", table)) == set(
-        re.findall(r"^def (test_\w+)", tests, re.M)
-    )
+    named = set(re.findall(r"`(test_\w+)`", page("reliability")))
+    assert named == set(re.findall(r"^def (test_\w+)", tests, re.M))
 
 
-def test_every_item_of_the_production_checklist_has_its_file_and_its_test() -> None:
-    tests = "".join(file.read_text("utf-8") for file in (app.PROJECT / "tests").glob("test_*.py"))
-    tests += (app.PROJECT / "test_app.py").read_text("utf-8")
-    rows = readme_table("Production checklist")
-    assert len(rows) == 12
-    for item, where, shown in rows:
-        files = re.findall(r"[\w./-]+\.(?:yaml|yml|json|md|sh)\b", where)
-        assert files, item
-        assert all((app.PROJECT / name).exists() for name in files), item
-        names = re.findall(r"test_\w+", shown)
-        assert names, item
-        assert all(f"def {name}(" in tests for name in names), item
+def anchors(text: str) -> set[str]:
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
 
 
-@pytest.mark.parametrize("file", ["README.md", "SETUP.md", "RELIABILITY.md", "RUNBOOK.md"])
-def test_files_named_in_the_documentation_exist(file: str) -> None:
-    text = (app.PROJECT / file).read_text("utf-8")
-    names = set(re.findall(r"`(?:\./)?([\w./-]+\.(?:py|sh|md|yaml|toml|txt))\b", text))
-    assert names
-    assert [name for name in sorted(names) if not (app.PROJECT / name).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_lead_somewhere(name: str) -> None:
+    folder = app.PROJECT / ("" if name in ("readme", "setup") else "docs")
+    for target, anchor in re.findall(r"\]\((?!https:)([^)#]*)#?([\w-]*)\)", page(name)):
+        assert (folder / target).exists(), target
+        assert not anchor or anchor in anchors(page(name)), anchor
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_named_on_a_page_exist(name: str) -> None:
+    named = set(re.findall(r"`(?:\./)?([\w./-]+\.(?:py|sh|md|yaml|toml|txt))\b", page(name)))
+    assert [file for file in sorted(named) if not (app.PROJECT / file).exists()] == []

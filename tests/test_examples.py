@@ -1,4 +1,4 @@
-"""The clients that README.md shows do what it says; each runs as it stands there."""
+"""The clients of docs/clients.md do what it says; each runs as it stands there."""
 
 from __future__ import annotations
 
@@ -16,18 +16,14 @@ from pathlib import Path
 import pytest
 from conftest import DATA, TOKEN, WAIT, Service, environment, eventually
 from fake_aws import FakeAws
-
-import app
-
-README = (app.PROJECT / "README.md").read_text("utf-8")
+from test_documentation import page, section
 
 
-def code_blocks(heading: str) -> dict[str, str]:
-    section = re.split(r"\n#+ ", README.split(f"\n### {heading}\n", 1)[1], maxsplit=1)[0]
-    return dict(re.findall(r"^```(bash|python|javascript)\n(.*?)^```$", section, re.M | re.S))
+def code_blocks(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^```(bash|python|javascript)\n(.*?)^```$", text, re.M | re.S))
 
 
-CLIENTS = code_blocks("Clients")
+CLIENTS = code_blocks(page("clients"))
 TOOLS = {"bash": "curl", "python": sys.executable, "javascript": "node"}
 INSTALLED = [language for language, tool in TOOLS.items() if shutil.which(tool)]
 
@@ -80,8 +76,13 @@ def service(
         yield running, {"API_URL": url, "API_TOKEN": TOKEN}
 
 
-def requests_with(service: Service, outcome: str) -> float:
-    return service.metrics()[f'email_processor_requests_total{{outcome="{outcome}"}}']
+def requests_with(service: Service, outcome: str) -> int:
+    metrics = service.get("/metrics").body.decode()
+    found = re.search(
+        rf'^email_processor_requests_total{{outcome="{outcome}"}} (\d+)', metrics, re.M
+    )
+    assert found
+    return int(found[1])
 
 
 @needs("bash")
@@ -89,7 +90,7 @@ def test_first_command_queues_the_message_that_it_shows(
     service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:
     url = service[1]["API_URL"]
-    code = code_blocks("POST /process")["bash"].replace("http://localhost:8080", url)
+    code = code_blocks(section("POST /process"))["bash"].replace("http://localhost:8080", url)
     status, output = end(start("bash", code, tmp_path / "client"))
     assert status == 0, output
     (message,) = fake.messages()

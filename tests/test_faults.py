@@ -1,16 +1,18 @@
-"""Bad days: real workers, an AWS that misbehaves on command, clients that count every answer.
+"""Failure modes: real workers, an AWS that misbehaves on command, clients that count every answer.
 
 Each test has a short form of seconds; `--full` runs the long one. The figures are printed at the
-end of the run; RELIABILITY.md has those of a full one. No verdict depends on how fast a machine is:
-each step waits for the one before.
+end of the run; docs/reliability.md has those of a full one. No verdict depends on how fast a
+machine is: each step waits for the one before.
 """
 
 from __future__ import annotations
 
 import http.server
+import os
 import random
 import re
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -278,6 +280,106 @@ def test_sqs_that_misbehaves_for_a_while_loses_nothing(
         assert ledger.twice == 0 or name in ("loses its answer", "answers garbage")
 
 
+class NameServer:
+    """The only one that a service knows: it says 127.0.0.1 for every name, unless it is silent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.silent, self.asked = False, 0
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        address = f"127.77.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        try:
+            self._sock.bind((address, 53))
+        except OSError as error:
+            pytest.skip(f"needs the right to listen on port 53: {error}")
+        resolv = folder / "resolv.conf"
+        resolv.write_text(f"nameserver {address}\noptions timeout:1 attempts:2\n")
+        # The file takes the place of the machine's own in a mount namespace of the service's.
+        mount = f'mount --bind {resolv} "$(readlink -f /etc/resolv.conf)" && exec "$@"'
+        self.command = ("unshare", "--mount", "sh", "-c", mount, "sh")
+        try:
+            subprocess.run([*self.command, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs a mount namespace: {error}")
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._sock.sendto(b"", self._sock.getsockname())  # wakes the thread
+        self._thread.join()
+        self._sock.close()
+
+    def _serve(self) -> None:
+        while question := self._sock.recvfrom(512):
+            query, client = question
+            if not query:
+                return
+            self.asked += 1
+            if self.silent:
+                continue
+            end = query.index(b"\0", 12) + 5
+            is_ipv4 = query[end - 4 : end - 2] == b"\0\1"
+            head = query[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_ipv4 else b"\0\0") + b"\0\0\0\0"
+            answer = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
+            self._sock.sendto(head + query[12:end] + answer, client)
+
+
+@pytest.fixture
+def name_server(tmp_path: Path) -> Iterator[NameServer]:
+    server = NameServer(tmp_path)
+    yield server
+    server.close()
+
+
+@profiles("4x2")
+def test_silent_name_servers_are_refused_at_once(
+    start_service: StartService,
+    fake: FakeAws,
+    name_server: NameServer,
+    figures: Figures,
+    profile: dict[str, str],
+) -> None:
+    endpoint = f"http://aws.email-processor.test:{fake.url.rpartition(':')[2]}"
+    service = start_service(**{**fake.environment(), "AWS_ENDPOINT_URL": endpoint}, **profile)
+    service.wrapper = name_server.command
+    with service:
+        with Load(service.port) as load:
+            load.wait_for(64)
+            name_server.silent = True
+            fake.set(faults={"*": {"kind": "reset"}})  # new connections must be made
+            begin = time.monotonic()
+            load.wait_for(1, 503)
+            first = time.monotonic() - begin
+            eventually(lambda: any("SQS is down" in line["message"] for line in service.log()))
+            assert service.get("/health").status == 200
+            health = time.monotonic() - begin
+            load.wait_for(1500, 503)
+            fake.set(faults={})
+            assert service.get("/health").status == 200
+            name_server.silent = False
+            back = time.monotonic()
+            load.wait_for(64)
+            served = time.monotonic() - back
+        # A request whose call has begun is answered, although the service is to stop.
+        name_server.silent = True
+        fake.set(faults={"*": {"kind": "reset"}})
+        asked, calls = name_server.asked, fake.counts()["calls"]
+        with service.connect() as client:
+            client.send(post())
+            eventually(lambda: name_server.asked > asked or fake.counts()["calls"] != calls)
+            ended = service.stop()
+            assert client.answer().status == 503
+    ledger = Ledger.of(fake, load)
+    figures(
+        "name servers silent",
+        ledger,
+        f"first 503 after {first:.1f} s, /health {health:.1f} s; 64 served {served:.1f} s after "
+        f"they were back; stopped in {ended:.1f} s",
+    )
+    assert set(ledger.statuses) == {200, 503}
+    assert not ledger.lost
+    assert not load.failures
+
+
 @profiles("1x64")
 def test_queue_that_hangs_at_the_start_is_refused_to_all(
     start_service: StartService, fake: FakeAws, figures: Figures, profile: dict[str, str]
@@ -522,41 +624,31 @@ def test_slow_bodies_end_at_the_deadline(
     assert others.statuses == {200: others.sent}
 
 
-def test_slow_reader_is_closed_at_the_deadline(
+def test_slow_readers_hold_no_thread_and_are_closed(
     start_service: StartService, fake: FakeAws, figures: Figures
 ) -> None:
     variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_THREADS": "1", **ONE}
     ask = request_head("GET", "/docs/swagger-ui-bundle.js")
     with start_service(**fake.environment(), **variables) as service, socket.socket() as slow:
-        size = len(service.ask(ask).body)
         # As from afar: on loopback the kernel would take the whole answer at once.
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         slow.settimeout(WAIT)
         slow.connect(("127.0.0.1", service.port))
         slow.sendall(ask)
-        read = [slow.recv(1024)]
-        begin, done = time.monotonic(), threading.Event()
-
-        def trickle() -> None:  # for longer than anybody waits
-            with suppress(ConnectionResetError):
-                while not done.wait(0.1) and (part := slow.recv(1024)):
-                    read.append(part)
-
-        reader = threading.Thread(target=trickle)
-        reader.start()
-        try:
-            assert service.get("/health").status == 200
-            seconds = time.monotonic() - begin
-        finally:
-            done.set()
-            reader.join()
+        assert slow.recv(2048).startswith(b"HTTP/1.1 200")
+        begin = time.monotonic()
+        whole = len(service.ask(ask).body)
+        others = time.monotonic() - begin
+        taken = 0
         with suppress(ConnectionResetError):
-            while part := slow.recv(65536):
-                read.append(part)
-    figures("slow reader", f"deadline 2 s: its only thread serves again after {seconds:.1f} s")
-    assert read[0].startswith(b"HTTP/1.1 200")
-    assert sum(map(len, read)) < size
+            while part := slow.recv(2048):
+                taken += len(part)
+                time.sleep(0.05)
+        seconds = time.monotonic() - begin
+    figures("slow reader", f"deadline 2 s: closed after {seconds:.1f} s, others after {others:.2f}")
+    assert taken < whole
+    assert seconds > 1.5
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -1,0 +1,411 @@
+"""The CloudFormation template: what a stack of it is, with its functions resolved by moto."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from moto.cloudformation import cloudformation_backends
+from moto.cloudformation.parsing import clean_json
+from test_documentation import OPENAPI, page
+from test_manifests import CONFIG, HPA, NAME, SERVICE, SERVICE_ACCOUNT, SETTINGS
+
+import app
+
+TEMPLATE = (app.PROJECT / "infra" / "email-processor.yaml").read_text("utf-8")
+ISSUER = "oidc.example/id/1"
+REQUIRED = {
+    "OidcProvider": ISSUER,
+    "QueueArns": "arn:aws:sqs:us-west-1:1:queue",
+    "TokenParameterArns": "arn:aws:ssm:us-west-1:1:parameter/token",
+}
+accounts = map("{:012}".format, itertools.count(1))  # one a stack, so that none meets another
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse")  # moto does not make every type
+
+
+@cache
+def stack(**parameters: str) -> dict[str, Any]:
+    """The properties of each resource that the parameters lead to, and "Outputs".
+
+    The account is ACCOUNT_ID, as in the manifests.
+    """
+    account = next(accounts)
+    made = cloudformation_backends[account]["us-west-1"].create_stack(
+        NAME, TEMPLATE, REQUIRED | parameters
+    )
+    resources = {
+        name: clean_json(resource["Properties"], made.resource_map)
+        for name, resource in made.template_dict["Resources"].items()
+        if made.resource_map.lazy_condition_map.get(resource.get("Condition"), True)
+    }
+    outputs = clean_json(made.template_dict["Outputs"], made.resource_map)
+    resources["Outputs"] = {name: output["Value"] for name, output in outputs.items()}
+    return dict(json.loads(json.dumps(resources).replace(account, "ACCOUNT_ID")))
+
+
+def token_arn(name: str) -> str:
+    return f"arn:aws:ssm:us-west-1:123456789012:parameter{name}"
+
+
+def of_type(kind: str, **parameters: str) -> dict[str, Any]:
+    names = re.findall(rf"^  (\w+):\n    Type: AWS::{kind}$", TEMPLATE, re.MULTILINE)
+    return {name: found for name, found in stack(**parameters).items() if name in names}
+
+
+# --- Role -----------------------------------------------------------------------------------------
+
+
+def statements(**parameters: str) -> list[dict[str, Any]]:
+    role = stack(**parameters)["Role"]
+    assert "ManagedPolicyArns" not in role
+    (policy,) = role["Policies"]
+    # moto leaves None where AWS::NoValue leaves nothing.
+    return [statement for statement in policy["PolicyDocument"]["Statement"] if statement]
+
+
+def test_only_the_service_account_may_take_the_role() -> None:
+    metadata = SERVICE_ACCOUNT["metadata"]
+    trust = json.loads(stack()["Role"]["AssumeRolePolicyDocument"])
+    assert trust["Statement"] == [
+        {
+            "Effect": "Allow",
+            "Principal": {"Federated": f"arn:aws:iam::ACCOUNT_ID:oidc-provider/{ISSUER}"},
+            "Action": "sts:AssumeRoleWithWebIdentity",
+            "Condition": {
+                "StringEquals": {
+                    f"{ISSUER}:sub": (
+                        f"system:serviceaccount:{metadata['namespace']}:{metadata['name']}"
+                    ),
+                    f"{ISSUER}:aud": "sts.amazonaws.com",
+                }
+            },
+        }
+    ]
+
+
+def test_role_may_use_its_tokens_and_queues_alone() -> None:
+    tokens = [token_arn("/old"), token_arn("/new")]
+    queues = [f"arn:aws:sqs:us-west-1:123456789012:{name}" for name in ("old", "new.fifo")]
+    both = {"TokenParameterArns": ",".join(tokens), "QueueArns": ",".join(queues)}
+    assert statements(**both) == [
+        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameter*", "Resource": tokens},
+        {
+            "Sid": "SendMessages",
+            "Effect": "Allow",
+            "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
+            "Resource": queues,
+        },
+    ]
+
+
+def test_role_may_use_the_tokens_own_key_through_ssm_alone() -> None:
+    key = "arn:aws:kms:us-west-1:123:key/1a-2b"
+    assert statements(TokenKeyArn=key)[2:] == [
+        {
+            "Sid": "DecryptToken",
+            "Effect": "Allow",
+            "Action": "kms:Decrypt",
+            "Resource": key,
+            "Condition": {"StringEquals": {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}},
+        }
+    ]
+
+
+def test_no_other_resource_grants_anything() -> None:
+    kinds = set(re.findall(r"^    Type: AWS::(\S+)$", TEMPLATE, re.MULTILINE))
+    assert kinds == {
+        "CloudWatch::Alarm",
+        "CloudWatch::Dashboard",
+        "ECR::Repository",
+        "IAM::Role",
+        "SNS::Subscription",
+        "SNS::Topic",
+        "SQS::Queue",
+        "WAFv2::WebACL",
+    }
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+def test_names_end_with_the_environment() -> None:
+    for end, made in ("", stack()), ("-test", stack(EnvironmentName="test")):
+        assert made["Role"]["RoleName"] == f"email-processor-role{end}"
+        assert made["Repository"]["RepositoryName"] == f"email-processor{end}"
+
+
+def test_manifests_name_the_role_of_the_template() -> None:
+    annotations = SERVICE_ACCOUNT["metadata"]["annotations"]
+    assert annotations == {"eks.amazonaws.com/role-arn": stack()["Outputs"]["RoleArn"]}
+
+
+def test_manifests_name_the_queue_of_the_template() -> None:
+    assert stack()["Outputs"]["QueueUrl"] == CONFIG["sqs_queue_url"]
+
+
+def test_deploy_sh_makes_the_token_that_is_read_by_default() -> None:
+    (name,) = SETTINGS["token_ssm_parameter"]
+    assert name in (app.PROJECT / "deploy.sh").read_text("utf-8")
+
+
+def test_deploy_sh_names_parameters_and_outputs_that_exist() -> None:
+    script = (app.PROJECT / "deploy.sh").read_text("utf-8")
+    parameters = TEMPLATE.split("\nParameters:\n")[1].split("\nConditions:\n")[0]
+    known = {*re.findall(r"^  (\w+):$", parameters, re.MULTILINE), *stack()["Outputs"]}
+    read = set(re.findall(r"\bvalue_of ([A-Z]\w+)", script))
+    given = set(re.findall(r'"([A-Z][a-z]+[A-Z]\w+)=', script))
+    assert read
+    assert given
+    assert read | given <= known
+
+
+@pytest.mark.parametrize(
+    ("parameter", "accepted", "refused"),
+    [
+        ("OidcProvider", ISSUER, f"https://{ISSUER}"),
+        ("QueueName", "mail.fifo", "*"),
+        ("EnvironmentName", "test", "Prod_1"),
+        ("QueueArns", "arn:aws:sqs:us-west-1:123456789012:queue", "arn:aws:sqs:*:*:*"),
+        ("TokenParameterArns", token_arn("/email-service/api-token"), token_arn("/*")),
+        ("TokenKeyArn", "arn:aws:kms:us-west-1:123456789012:key/1a-2b", "*"),
+        ("AlarmEmail", "on-call@example.com", "on-call"),
+        ("LoadBalancerFullName", "app/email/1a", "arn:aws:app/email/1a"),
+    ],
+)
+def test_pattern_refuses_what_is_wrong(parameter: str, accepted: str, refused: str) -> None:
+    (pattern,) = re.findall(
+        rf'^  {parameter}:\n(?:    .*\n)*?    AllowedPattern: "(.*)"$', TEMPLATE, re.MULTILINE
+    )
+    pattern = pattern.replace("\\\\", "\\")  # as YAML reads it
+    assert re.fullmatch(pattern, accepted)
+    assert not re.fullmatch(pattern, refused)
+
+
+# --- Image, queues, rate limit --------------------------------------------------------------------
+
+
+def test_images_are_scanned_immutable_and_cleared_away() -> None:
+    repository = stack()["Repository"]
+    assert repository["ImageTagMutability"] == "IMMUTABLE"
+    assert repository["ImageScanningConfiguration"] == {"ScanOnPush": True}
+    rules = json.loads(repository["LifecyclePolicy"]["LifecyclePolicyText"])["rules"]
+    assert [rule["selection"]["tagStatus"] for rule in rules] == ["untagged", "any"]
+
+
+def test_queues_are_made_on_request_only() -> None:
+    assert of_type("SQS::Queue") == {}
+    made = of_type("SQS::Queue", CreateQueue="true")
+    names = {name: queue["QueueName"] for name, queue in made.items()}
+    assert names == {"Queue": "dev-CP-queue", "DeadLetterQueue": "dev-CP-queue-dlq"}
+
+
+def test_queues_are_encrypted_with_14_days_to_live() -> None:
+    for queue in of_type("SQS::Queue", CreateQueue="true").values():
+        assert queue["MessageRetentionPeriod"] == 14 * 24 * 3600
+        assert queue["MaximumMessageSize"] == 2**20, "the most that SQS takes"
+        assert queue["SqsManagedSseEnabled"] is True
+
+
+def test_queues_alone_outlive_the_stack() -> None:
+    # But for those of a stack whose first deployment fails: the next could not make them.
+    kept = r"^    DeletionPolicy: RetainExceptOnCreate\n    UpdateReplacePolicy: Retain$"
+    assert len(re.findall(kept, TEMPLATE, re.M)) == TEMPLATE.count("DeletionPolicy") == 2
+    assert len(of_type("SQS::Queue", CreateQueue="true")) == 2
+
+
+def test_failed_messages_go_to_the_dead_letter_queue() -> None:
+    made = stack(CreateQueue="true", DeadLetterQueueName="dead")
+    assert made["Queue"]["RedrivePolicy"] == {
+        "deadLetterTargetArn": "arn:aws:sqs:us-west-1:ACCOUNT_ID:dead",
+        "maxReceiveCount": 5,
+    }
+    source = "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue"
+    assert made["DeadLetterQueue"]["RedriveAllowPolicy"]["sourceQueueArns"] == [source]
+
+
+def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
+    acl = stack(RateLimit="100")["WebAcl"]
+    assert (acl["Scope"], acl["DefaultAction"]) == ("REGIONAL", {"Allow": {}})
+    (rule,) = acl["Rules"]
+    limit = rule["Statement"]["RateBasedStatement"]
+    assert (limit["AggregateKeyType"], limit["EvaluationWindowSec"]) == ("IP", 300)
+    assert int(limit["Limit"]) == 100
+    response = rule["Action"]["Block"]["CustomResponse"]
+    assert response["ResponseCode"] == 429
+    assert [header["Name"] for header in response["ResponseHeaders"]] == ["Retry-After"]
+    body = acl["CustomResponseBodies"][response["CustomResponseBodyKey"]]
+    assert body["ContentType"] == "APPLICATION_JSON"
+    documented = OPENAPI["components"]["responses"]["TooManyRequests"]["content"]
+    assert json.loads(body["Content"]) == documented["application/json"]["example"]
+
+
+# --- Alarms and dashboard -------------------------------------------------------------------------
+
+BALANCER, PODS = "LoadBalancer=app/email/1a", f"Namespace={NAME} Service={NAME}"
+# What AWS publishes, with its dimensions: with any others there is no data, and so no alarm.
+SERIES = {
+    f"AWS/ApplicationELB RequestCount {BALANCER}",
+    f"AWS/ApplicationELB HTTPCode_Target_5XX_Count {BALANCER}",
+    f"AWS/ApplicationELB HTTPCode_ELB_5XX_Count {BALANCER}",
+    f"AWS/ApplicationELB TargetResponseTime {BALANCER}",
+    f"AWS/ApplicationELB UnHealthyHostCount {BALANCER} TargetGroup=targetgroup/email/2b",
+    "AWS/SQS ApproximateNumberOfMessagesVisible QueueName=dev-CP-queue",
+    "AWS/SQS ApproximateNumberOfMessagesVisible QueueName=dead",
+    "AWS/SQS ApproximateAgeOfOldestMessage QueueName=dev-CP-queue",
+    f"ContainerInsights service_number_of_running_pods ClusterName=dev-CP-EKS-CLUSTER {PODS}",
+    f"AWS/WAFV2 BlockedRequests WebACL={NAME} Region=us-west-1 Rule=RateLimit",
+}
+LIMITS = {
+    "DeadLetterQueueNotEmpty": "Maximum > 0, 1 of 1",
+    "OldestMessageTooOld": "Maximum > 900, 5 of 5",
+    "ServerErrorRateHigh": "None > 1, 3 of 5",
+    "LatencyHigh": "p99 > 1, 3 of 5",
+    "TargetsUnhealthy": "Maximum > 0, 3 of 3",
+    "ReplicasAtMaximum": "Minimum >= 10, 3 of 3",
+}
+WHOLE = {
+    "LoadBalancerFullName": "app/email/1a",
+    "TargetGroupFullName": "targetgroup/email/2b",
+    "DeadLetterQueueName": "dead",
+}
+
+
+def series(namespace: str, metric: str, dimensions: dict[str, str]) -> str:
+    return " ".join([namespace, metric, *(f"{name}={each}" for name, each in dimensions.items())])
+
+
+def watched(alarm: dict[str, Any]) -> set[str]:
+    queries = [part["MetricStat"]["Metric"] for part in alarm.get("Metrics", [])[1:]] or [alarm]
+    return {
+        series(
+            query["Namespace"],
+            query["MetricName"],
+            {part["Name"]: part["Value"] for part in query["Dimensions"]},
+        )
+        for query in queries
+    }
+
+
+def widgets(**parameters: str) -> list[dict[str, Any]]:
+    body = json.loads(stack(**parameters)["Dashboard"]["DashboardBody"])
+    return [widget["properties"] for widget in body["widgets"]]
+
+
+def drawn(**parameters: str) -> set[str]:
+    """What the dashboard's lines show, their short forms written out; of an expression its text."""
+    lines = set()
+    for widget in widgets(**parameters):
+        before: list[str] = []
+        for *parts, options in widget["metrics"]:
+            if not parts:
+                lines.add(options["expression"])
+                continue
+            parts = before if parts == ["..."] else parts
+            before = [b if p == "." else p for p, b in zip(parts, before or parts, strict=True)]
+            dimensions = dict(zip(before[2::2], before[3::2], strict=True))
+            lines.add(series(before[0], before[1], dimensions))
+    return lines
+
+
+def test_alarms_watch_what_aws_publishes() -> None:
+    found = set().union(*map(watched, of_type("CloudWatch::Alarm", **WHOLE).values()))
+    assert found <= SERIES
+    assert {each.split()[1] for each in SERIES - found} == {
+        "BlockedRequests",
+        "ApproximateNumberOfMessagesVisible",  # of the queue: only its age counts
+    }
+
+
+def test_dashboard_draws_what_aws_publishes() -> None:
+    rate = stack(**WHOLE)["ServerErrorRateHigh"]["Metrics"][0]["Expression"]
+    (unhealthy,) = (each for each in SERIES if "UnHealthyHostCount" in each)  # an alarm alone
+    assert drawn(**WHOLE) == SERIES - {unhealthy} | {rate}
+
+
+def test_rate_limit_is_drawn_as_it_is_measured() -> None:
+    acl = stack()["WebAcl"]
+    assert acl["VisibilityConfig"]["MetricName"] == NAME
+    assert acl["Rules"][0]["VisibilityConfig"]["MetricName"] == "RateLimit"
+
+
+def test_error_rate_counts_what_the_alb_answers_itself() -> None:
+    rate, *queries = stack(**WHOLE)["ServerErrorRateHigh"]["Metrics"]
+    errors = "(FILL(target, 0) + FILL(balancer, 0))"
+    assert rate["Expression"] == f"100 * {errors} / (FILL(requests, 0) + FILL(balancer, 0))"
+    names = {q["Id"]: q["MetricStat"]["Metric"]["MetricName"] for q in queries}
+    assert names["target"] == "HTTPCode_Target_5XX_Count"
+    assert names["balancer"] == "HTTPCode_ELB_5XX_Count"
+    assert {(q["ReturnData"], q["MetricStat"]["Stat"]) for q in queries} == {(False, "Sum")}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_alarm_rings_at_its_limit(name: str) -> None:
+    alarm = stack(**WHOLE)[name]
+    statistic = alarm.get("Statistic", alarm.get("ExtendedStatistic"))
+    sign = {"GreaterThanThreshold": ">", "GreaterThanOrEqualToThreshold": ">="}
+    limit = f"{statistic} {sign[alarm['ComparisonOperator']]} {alarm['Threshold']}"
+    periods = alarm["EvaluationPeriods"]
+    assert LIMITS[name] == f"{limit}, {alarm.get('DatapointsToAlarm', periods)} of {periods}"
+
+
+def numbers(text: str) -> set[float]:
+    return {float(number) for number in re.findall(r"\b\d+\b(?!xx)", text.replace("five", "5"))}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_figures_in_an_alarms_text_follow_from_its_settings(name: str) -> None:
+    alarm = stack(**WHOLE, CreateQueue="true")[name]
+    minutes, periods = alarm.get("Period", 60) / 60, alarm["EvaluationPeriods"]
+    said = numbers(alarm["AlarmDescription"])
+    assert said <= {
+        float(alarm["Threshold"]),
+        alarm["Threshold"] / 60,
+        periods * minutes,
+        alarm.get("DatapointsToAlarm", periods) * minutes,
+        100 - float(alarm.get("ExtendedStatistic", "p0")[1:]),
+        float(stack(CreateQueue="true")["Queue"]["RedrivePolicy"]["maxReceiveCount"]),
+    }
+    means = page("runbook").split(f"\n### {name}\n")[1].split("**Clients see:**")[0]
+    assert said <= numbers(means)
+
+
+def test_every_alarm_goes_to_the_topic_and_the_runbook() -> None:
+    alarms = of_type("CloudWatch::Alarm", **WHOLE)
+    assert alarms.keys() == LIMITS.keys()
+    for name, alarm in alarms.items():
+        topic = ["arn:aws:sns:us-west-1:ACCOUNT_ID:email-processor-alarms"]
+        assert alarm["AlarmActions"] == alarm["OKActions"] == topic
+        assert re.search(rf"runbook(\.md)?: {name}$", alarm["AlarmDescription"], re.IGNORECASE)
+        assert alarm["AlarmName"] == f"email-processor-{name}"
+        assert alarm["TreatMissingData"] == "notBreaching"
+
+
+def test_alarms_on_the_load_balancer_wait_for_it() -> None:
+    later = LIMITS.keys() - of_type("CloudWatch::Alarm").keys()
+    assert later == {name for name in LIMITS if BALANCER in "".join(watched(stack(**WHOLE)[name]))}
+
+
+def test_dashboard_has_no_empty_dimension_at_first() -> None:
+    assert "AWS/ApplicationELB RequestCount LoadBalancer=none" in drawn()
+
+
+def test_replicas_are_watched_against_the_autoscalers_limits() -> None:
+    assert stack()["ReplicasAtMaximum"]["Threshold"] == HPA["spec"]["maxReplicas"]
+    assert (SERVICE["metadata"]["namespace"], SERVICE["metadata"]["name"]) == (NAME, NAME)
+    (lines,) = (
+        widget["annotations"]["horizontal"] for widget in widgets() if "annotations" in widget
+    )
+    assert {line["label"]: line["value"] for line in lines} == {
+        "maximum": HPA["spec"]["maxReplicas"],
+        "minimum": HPA["spec"]["minReplicas"],
+    }
+
+
+def test_alarms_are_mailed_when_an_address_is_given() -> None:
+    assert of_type("SNS::Subscription") == {}
+    made = stack(AlarmEmail="on-call@example.com")["AlarmSubscription"]
+    assert (made["Protocol"], made["Endpoint"]) == ("email", "on-call@example.com")

@@ -1,0 +1,501 @@
+"""The worker of gunicorn.conf.py against clients that misbehave, with real sockets; and its log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from conftest import (
+    BODY,
+    PROJECT,
+    WAIT,
+    Service,
+    StartService,
+    environment,
+    eventually,
+    gunicorn,
+    kill,
+    post,
+    post_head,
+    request_head,
+)
+from fake_aws import FakeAws
+
+HEALTH = request_head("GET", "/health")
+CLOSE = request_head("GET", "/health", "Connection: close")
+BUNDLE = request_head("GET", "/docs/swagger-ui-bundle.js")
+# Usual are some hundredths of a second; Gunicorn's own worker needs twenty seconds and more.
+CEILING = 5.0
+PROFILES = {"4x2": ("4", "2", 200), "1x64": ("1", "64", 60)}
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def crowded(
+    start_service: StartService, fake_process: FakeAws, request: pytest.FixtureRequest
+) -> Iterator[tuple[Service, int]]:
+    """A service, and how many clients come to it."""
+    workers, threads, clients = PROFILES[request.param]
+    profile = {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
+    with start_service(**fake_process.environment(), **profile) as service:
+        yield service, clients
+
+
+@pytest.fixture(scope="module")
+def service(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
+    profile = {"GUNICORN_WORKERS": "1", "BODY_TIMEOUT_SECONDS": "1"}
+    with start_service(**fake_process.environment(), **profile) as service:
+        yield service
+
+
+def assert_serves(service: Service, workers: list[int], times: int = 20) -> None:
+    """/health answers again and again, from the workers that there were before."""
+    for _ in range(times):
+        begin = time.monotonic()
+        assert service.get("/health").status == 200
+        assert time.monotonic() - begin < CEILING
+    assert service.workers() == workers
+
+
+# --- Clients that do not close --------------------------------------------------------------------
+
+ANSWERED = {
+    "Connection: close": CLOSE,
+    "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+    "garbage": b"garbage\r\n\r\n",
+    "garbage without an end": b"garbage\r\n",
+    "refused POST": post(b"{}", "Connection: close"),
+    "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "WebSocket": request_head("GET", "/health", "Connection: Upgrade, close", "Upgrade: websocket"),
+    "garbage behind a request": HEALTH + b"\0garbage\r\n\r\n",
+}
+UNANSWERED = {
+    "nothing": b"",
+    "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(range(50, 250)),
+    "half a head": b"POST /process HTTP/1.1\r\nHost: ",
+    "half a head behind a request": HEALTH + b"POST /process HTTP/1.1\r\nHost: ",
+}
+
+
+@pytest.mark.parametrize(
+    "sent", [*ANSWERED.values(), *UNANSWERED.values()], ids=[*ANSWERED, *UNANSWERED]
+)
+def test_clients_that_stay_hold_up_nobody(crowded: tuple[Service, int], sent: bytes) -> None:
+    service, number = crowded
+    workers = service.workers()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()).send(sent) for _ in range(number)]
+        for client in clients if sent in ANSWERED.values() else ():
+            client.answer()
+        assert_serves(service, workers)
+
+
+@pytest.mark.parametrize("sent", [BUNDLE * 3, request_head("GET", "/openapi.json") * 100])
+def test_clients_that_take_no_answer_hold_up_nobody(
+    crowded: tuple[Service, int], sent: bytes
+) -> None:
+    service, number = crowded
+    workers = service.workers()
+    with ExitStack() as stack:
+        for _ in range(number):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", service.port))
+            sock.sendall(sent)
+        assert_serves(service, workers)
+
+
+@pytest.mark.parametrize(
+    "part", [b"garbage\r\n\r\n" + b"x" * 60_000, b"x"], ids=["flood", "trickle"]
+)
+def test_clients_that_go_on_sending_hold_up_nobody(
+    crowded: tuple[Service, int], part: bytes
+) -> None:
+    service, number = crowded
+    workers, done = service.workers(), threading.Event()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()) for _ in range(number)]
+
+        def feed() -> None:
+            while not done.wait(0.01):
+                for client in clients:
+                    with suppress(OSError):
+                        client.sock.send(part, socket.MSG_DONTWAIT)
+
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        stack.callback(feeder.join)
+        stack.callback(done.set)
+        assert_serves(service, workers)
+
+
+@pytest.mark.parametrize("how", ["half-closed", "reset"])
+def test_clients_that_leave_early_hold_up_nobody(crowded: tuple[Service, int], how: str) -> None:
+    service, number = crowded
+    workers = service.workers()
+    with ExitStack() as stack:
+        for _ in range(number):
+            client = stack.enter_context(service.connect()).send(HEALTH)
+            if how == "half-closed":
+                client.sock.shutdown(socket.SHUT_WR)
+                assert client.answer().status == 200
+            else:
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sock.close()
+        assert_serves(service, workers)
+
+
+def test_pipelined_requests_of_a_half_closed_client_are_answered(service: Service) -> None:
+    with service.connect() as client:
+        client.send(HEALTH * 5).sock.shutdown(socket.SHUT_WR)
+        assert [client.answer().status for _ in range(5)] == [200] * 5
+        assert client.is_closed()
+
+
+def test_client_that_does_not_close_is_closed(service: Service) -> None:
+    """Though the kernel would keep the connection for as long as the client does."""
+    with service.connect() as client:
+        assert client.send(CLOSE).answer().status == 200
+
+        def is_reset() -> bool:
+            try:
+                client.sock.sendall(b"x")
+            except OSError:
+                return True
+            return False
+
+        eventually(is_reset)
+
+
+@pytest.mark.parametrize(
+    "head", [post_head("Content-Length: 9", "Content-Length: 8"), b"garbage\r\n"]
+)
+def test_refused_client_that_sends_on_gets_its_answer(service: Service, head: bytes) -> None:
+    """As from afar: its buffers are small, and it reads only when it has sent everything."""
+    with socket.socket() as sock:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 4096)
+        sock.settimeout(WAIT)
+        sock.connect(("127.0.0.1", service.port))
+        sock.sendall(head)
+        for _ in range(500):
+            sock.sendall(b"x" * 4096)
+        sock.shutdown(socket.SHUT_WR)
+        assert b"".join(iter(lambda: sock.recv(4096), b"")).startswith(b"HTTP/1.1 400 ")
+
+
+def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: Service) -> None:
+    fast = service.ask(BUNDLE).body
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        sock.settimeout(WAIT)
+        sock.connect(("127.0.0.1", service.port))
+        sock.sendall(BUNDLE + CLOSE)
+        # Until the service is done with what the sockets have room for.
+        assert service.get("/health").status == 200
+        answers = b"".join(iter(lambda: sock.recv(65_536), b""))
+    assert answers.partition(b"\r\n\r\n")[2].startswith(fast)
+    assert b"healthy" in answers[-200:]
+
+
+# --- Many connections -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hard", [None, 1024], ids=["soft limit", "hard limit"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_thousand_idle_connections_stop_nobody(
+    start_service: StartService, fake: FakeAws, profile: str, hard: int | None
+) -> None:
+    """With 64 busy ones beside them, and the 1,024 files that many systems allow at first."""
+    resource = pytest.importorskip("resource")
+    ours, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 4096:
+        pytest.skip("needs 4,096 open files")
+    workers, threads, _ = PROFILES[profile]
+    variables = {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
+    service = start_service(**fake.environment(), **variables)
+    service.wrapper = ("prlimit", f"--nofile=1024:{hard or most}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most))
+    try:
+        with service, ExitStack() as stack:
+            before = service.workers()
+            idle = []
+            for _ in range(1000):
+                idle.append(stack.enter_context(service.connect()))
+                assert idle[-1].send(HEALTH).answer().status == 200
+            busy = [stack.enter_context(service.connect()) for _ in range(64)]
+            for _ in range(5):
+                for client in busy:
+                    client.send(post())
+                assert {client.answer().status for client in busy} == {200}
+                assert_serves(service, before)
+            if not hard:
+                assert {client.send(HEALTH).answer().status for client in idle} == {200}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ours, most))
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+HAS_IPV6 = socket.has_dualstack_ipv6()
+
+
+@pytest.mark.skipif(not HAS_IPV6, reason="needs IPv6")
+@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
+def test_both_families_are_served_and_named_plainly(
+    start_service: StartService, fake: FakeAws, host: str
+) -> None:
+    with start_service(**fake.environment()) as service:
+        with socket.create_connection((host, service.port), WAIT) as sock:
+            sock.sendall(request_head("GET", "/nothing", "Connection: close"))
+            assert sock.recv(4096).startswith(b"HTTP/1.1 404 ")
+        with socket.create_connection((host, service.port), WAIT) as sock:
+            sock.sendall(b"garbage\r\n")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 400 ")
+    lines = [line for line in service.log() if line["message"] == "request"]
+    assert [line["client"] for line in lines] == [host, host]
+
+
+def test_machine_without_ipv6_is_served_on_ipv4(
+    start_service: StartService, fake: FakeAws, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""\
+            import errno, os, socket
+            class Socket(socket.socket):
+                def __init__(self, family=-1, *arguments, **options):
+                    if family == socket.AF_INET6:
+                        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                    super().__init__(family, *arguments, **options)
+            socket.socket = Socket
+            """)
+    )
+    with start_service(**fake.environment(), PYTHONPATH=str(tmp_path)) as service:
+        assert service.ask(post()).status == 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_port_that_is_taken_stops_the_start(service: Service, workers: str) -> None:
+    """Also when each worker has a listening socket of its own, which could share the port."""
+    variables = {"PORT": str(service.port), "GUNICORN_WORKERS": workers}
+    run = subprocess.run(
+        gunicorn(),
+        cwd=PROJECT,
+        env=environment(SQS_QUEUE_URL="http://sqs/queue", **variables),
+        capture_output=True,
+        timeout=60,
+    )
+    assert run.returncode == 1
+    assert b"in use" in run.stdout
+    assert service.get("/health").status == 200
+    assert service.metrics()
+
+
+def test_headers_of_a_neighbour_are_no_fault(service: Service) -> None:
+    schemes = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-SSL: off")
+    assert service.ask(request_head("GET", "/health", *schemes)).status == 200
+
+
+# --- Workers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_worker_that_stops_leaves_no_connection_behind(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    """It has a listening socket of its own, in which connections may wait."""
+    with start_service(**fake.environment()) as service:
+        answered, done = [], threading.Event()
+
+        def ask() -> None:
+            while not done.is_set():
+                with suppress(ConnectionResetError, ConnectionRefusedError):
+                    answered.append(service.get("/health").status)
+
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        for asker in askers:
+            asker.start()
+        try:
+            for _ in range(3):
+                old = service.workers()
+                service.process.send_signal(signal.SIGHUP)
+                eventually(lambda old=old: not {*old} & {*service.workers()})
+                eventually(lambda: len(service.workers()) == 4)
+        finally:
+            done.set()
+            for asker in askers:
+                asker.join()
+    assert set(answered) == {200}
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+DROPPED = "email_processor_log_lines_dropped_total"
+UNKNOWN = request_head("GET", "/" + "x" * 2000)
+StartPiped = Callable[[], tuple[Service, int]]
+
+
+@pytest.fixture
+def piped(start_service: StartService, fake: FakeAws) -> Iterator[StartPiped]:
+    """Start a service of one worker whose standard output is a pipe; our end of it."""
+    with ExitStack() as stack:
+
+        def start() -> tuple[Service, int]:
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "8"}
+            service = start_service(**fake.environment(), **variables)
+            service.wrapper = ("sh", "-c", f'exec "$@" >/proc/{os.getpid()}/fd/{writer}', "sh")
+            stack.enter_context(service)
+            os.close(writer)
+            return service, reader
+
+        yield start
+
+
+def ask_often(service: Service, times: int) -> None:
+    with service.connect() as client:
+        for _ in range(times // 100):
+            client.send(UNKNOWN * 100)
+            assert {client.answer().status for _ in range(100)} == {404}
+
+
+@pytest.mark.slow
+def test_log_that_nobody_reads_holds_up_nobody(piped: StartPiped) -> None:
+    service, _ = piped()
+    ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
+    assert service.ask(post()).status == 200
+    dropped = service.metrics()[DROPPED]
+    assert 500 < dropped < 2000
+    (worker,) = service.workers()
+    kill(worker)
+    eventually(lambda: service.workers() not in ([], [worker]))
+    assert service.ask(post()).status == 200
+    assert service.errors() == ""
+
+
+@pytest.mark.slow
+def test_dropped_lines_are_reported_when_there_is_room(piped: StartPiped) -> None:
+    service, reader = piped()
+    ask_often(service, 2000)
+    dropped = service.metrics()[DROPPED]
+    output, lines = b"", []
+    while not lines:
+        output += os.read(reader, 65_536)
+        lines = [line for line in output.splitlines()[:-1] if b"log lines dropped" in line]
+    assert json.loads(lines[0])["lines"] == dropped
+    assert json.loads(lines[0])["level"] == "WARNING"
+
+
+def test_log_whose_reader_has_gone_holds_up_nobody(piped: StartPiped) -> None:
+    service, reader = piped()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), reader)
+    ask_often(service, 100)
+    eventually(lambda: service.metrics()[DROPPED] >= 100)
+    assert service.ask(post()).status == 200
+    assert service.stop() < WAIT
+    assert service.errors() == ""
+    assert service.process.returncode == 0
+
+
+def test_service_that_stops_writes_the_lines_that_wait(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    with start_service(**fake.environment(), GUNICORN_WORKERS="1") as service:
+        ask_often(service, 500)
+        service.stop()
+    lines = [line for line in service.log() if line.get("error") == "not_found"]
+    assert len(lines) == 500
+
+
+@pytest.mark.slow
+def test_service_whose_log_is_full_stops_all_the_same(piped: StartPiped) -> None:
+    service, _ = piped()
+    ask_often(service, 200)
+    assert service.stop() < WAIT
+    assert service.process.returncode == 0
+    assert service.errors() == ""
+
+
+# --- Without Gunicorn -----------------------------------------------------------------------------
+
+HIDE = """
+import sys, runpy
+sys.modules.update(dict.fromkeys(["gunicorn", "fcntl", "grp", "pwd", "resource", "termios"]))
+"""
+
+
+def test_app_needs_nothing_of_gunicorn_or_posix() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HIDE + "import app; app.create_app()"],
+        cwd=PROJECT,
+        env=environment(SQS_QUEUE_URL="https://sqs.us-west-1.amazonaws.com/1/q"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_local_server_works_without_gunicorn(fake: FakeAws, tmp_path: Path) -> None:
+    class Alone(Service):
+        def workers(self) -> list[int]:
+            return [self.process.pid]
+
+    serve = (sys.executable, "-c", HIDE + 'runpy.run_path("app.py", run_name="__main__")')
+    variables = {**fake.environment(), "GUNICORN_WORKERS": "1"}
+    with Alone(tmp_path / "tmp", variables, serve) as service:
+        assert service.ask(post()).status == 200
+        assert service.ask(post(BODY[:-1])).error == "invalid_json"
+        assert service.ask(post(b"x", path="/nothing")).error == "not_found"
+
+
+@pytest.mark.slow
+def test_unit_tests_pass_without_gunicorn() -> None:
+    code = HIDE + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ("-q", "-x", "-p", "no:cacheprovider", "test_app.py")
+    run = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        cwd=PROJECT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+# --- A frozen service -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_workers_survive_a_pause_of_the_whole_service(
+    start_service: StartService, fake_process: FakeAws
+) -> None:
+    """As `docker pause` or a live migration makes one."""
+    variables = {**fake_process.environment(), "GUNICORN_CMD_ARGS": "--timeout 5"}
+    with start_service(**variables) as service:
+        workers = service.workers()
+        for pid in (service.process.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6.5)  # longer than the time-out
+        os.kill(service.process.pid, signal.SIGCONT)
+        time.sleep(1.5)  # the master looks once a second, and may be the first to run
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert_serves(service, workers)
+        assert not any("TIMEOUT" in line["message"] for line in service.log())
