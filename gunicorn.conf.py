@@ -24,6 +24,7 @@ from pathlib import Path
 from select import POLLIN, poll
 from typing import Any
 
+from gunicorn import glogging
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
 from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
@@ -85,13 +86,22 @@ graceful_timeout = 25
 max_requests = 0
 worker_tmp_dir = memory  # of the heartbeat
 control_socket_disable = True
-# app.py writes a JSON line for each request.
 accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
 # As much as each header may have.
 limit_request_line = 8190
 # By default headers from loopback may change path and scheme, and are refused if they disagree.
 forwarded_allow_ips = ""
+
+
+class Logger(glogging.Logger):  # type: ignore[misc]
+    def access(self, *_: Any) -> None:
+        """app.py writes a line for each request. With a logconfig_dict, Gunicorn would still gather
+        what its own line shows.
+        """
+
+
+logger_class = Logger
 
 
 # --- Worker ---------------------------------------------------------------------------------------
