@@ -199,6 +199,7 @@ def test_body_has_its_whole_time_after_a_silence(hasty: Service) -> None:
             time.sleep(2 * DEADLINE)
             client.send(post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue"))
             assert client.is_continued()
+            time.sleep(DEADLINE / 2)
             return client.send(BODY).answer().status
 
     # A machine may stand still for a second, but not each time.
@@ -489,9 +490,10 @@ def test_requests_that_share_a_call_each_get_their_own_id(
             answers = list(pool.map(ask, range(200)))
     assert {answer.status for answer in answers} == {200}
     given = {answer.json["message_id"]: answer.headers["X-Request-Id"] for answer in answers}
-    messages = fake.messages()
-    assert len(messages) == 200
-    assert given == {m["message_id"]: m["attributes"]["RequestId"] for m in messages}
+    messages = fake.messages()  # one more for each whose answer came too late
+    sent = {message["message_id"]: message["attributes"]["RequestId"] for message in messages}
+    assert len(given) == 200
+    assert given.items() <= sent.items()
     assert max(message["batch_size"] for message in messages) > 1
 
 
