@@ -809,7 +809,7 @@ class AwsClient:
         except pycurl.error as error:
             # On a busy machine the time may be over when libcurl looks, although all is here.
             size = sum(map(len, parts))
-            if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD) != size:
+            if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T) != size:
                 raise self._failure(error, sent=sends[0] > 0) from None
         finally:
             status = curl.getinfo(pycurl.RESPONSE_CODE)
