@@ -341,6 +341,13 @@ def on_starting(server: Any) -> None:
     # its gauges would count beside the workers'.
     for file in metrics.glob("*.db"):
         file.unlink()
+    # Until a worker has its own handlers, it has the master's, which would swallow a SIGTERM: the
+    # master would then wait for the worker until the graceful timeout.
+    stop = {signal.SIGTERM}
+    os.register_at_fork(
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, stop),
+        after_in_parent=partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, stop),
+    )
 
 
 def when_ready(server: Any) -> None:
@@ -364,9 +371,8 @@ def when_ready(server: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    # Until a worker has its own handlers, the master's would swallow a SIGTERM, and the master
-    # would wait for the worker until the graceful timeout.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     (stdout,) = logging.getLogger().handlers
     stdout.start()  # type: ignore[attr-defined]
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
