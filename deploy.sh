@@ -196,7 +196,7 @@ check_stack() {
     *:UPDATE_ROLLBACK_FAILED)
       problem "$state: run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
       ;;
-    *:ROLLBACK_* | *_FAILED)
+    *:ROLLBACK_* | *:DELETE_FAILED)
       problem "$state: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
       ;;
   esac
@@ -612,12 +612,11 @@ deploy() {
   step "make the alarms of the ALB, and take away the rights of what ran before"
   finish_stack
   [ -n "$host" ] ||
-    die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
+    die "The service runs, but has no ALB. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
   if [ -n "$certificate_arn" ]; then
     say "point the certificate's domain at this host with a CNAME or alias record; clients use the domain"
-    host=https://$host
   fi
-  echo "Deployed in $SECONDS s: http://${host#http://}"
+  echo "Deployed in $SECONDS s: http${certificate_arn:+s}://$host"
 }
 
 dry_run() {
@@ -675,10 +674,10 @@ delete_all() {
     say "deleted $parameter"
   done
   step "delete the stack $stack"
-  if [ -z "$stack_status" ]; then
-    echo "Deleted: there was no stack."
+  [ -n "$stack_status" ] || {
+    say "there is none"
     return
-  fi
+  }
   queues=$(aws cloudformation describe-stack-resources --stack-name "$stack" --output text \
     --query "StackResources[?ResourceType=='AWS::SQS::Queue'].PhysicalResourceId" 2>/dev/null) || queues=""
   must "AWS does not delete the stack $stack" aws cloudformation delete-stack --stack-name "$stack"
@@ -687,7 +686,6 @@ delete_all() {
   for url in $queues; do
     say "kept $url with its messages; to delete it: aws sqs delete-queue --region $region --queue-url $url"
   done
-  echo "Deleted."
 }
 
 mode=deploy region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" create_queue=false

@@ -459,7 +459,8 @@ def test_render_takes_nothing_away_that_it_cannot_see(
 @slow
 def test_second_run_keeps_what_runs(machine: World) -> None:
     options = ("--token-parameter", f"{PARAMETER},/b", "--queue-name", "other")
-    machine.deploy(*options, "--certificate-arn", CERTIFICATE)
+    deployed = machine.deploy(*options, "--certificate-arn", CERTIFICATE)
+    assert deployed.endswith(" s: https://alb.example\n")
     first = (machine.objects, machine.stack)
     output = machine.deploy()
     assert "nothing to change" in output
@@ -468,17 +469,10 @@ def test_second_run_keeps_what_runs(machine: World) -> None:
     assert (machine.objects, machine.stack) == first
     assert not machine.calls("docker", "build")
     rendered = list(yaml.safe_load_all(machine.deploy("--render")))
-    assert (
-        rendered[-1]["metadata"]
-        == json.loads(last_applied(machine.objects[DEPLOYMENT]))["metadata"]
-    )
+    kept = machine.objects[DEPLOYMENT]["metadata"]["annotations"]
+    last = json.loads(kept["kubectl.kubernetes.io/last-applied-configuration"])
+    assert rendered[-1]["metadata"] == last["metadata"]
     assert not machine.calls("kubectl", "apply")
-
-
-def last_applied(manifest: dict[str, Any]) -> str:
-    return str(
-        manifest["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"]
-    )
 
 
 @slow
@@ -590,17 +584,9 @@ def test_refused_manifest_leaves_no_roll_out_behind(running: World, kind: str) -
 
 
 @slow
-def test_cluster_that_stops_answering_is_one_line(machine: World) -> None:
-    machine.set(unreadable="json")
-    result = machine.run()
-    assert_one_line(result, "kubectl does not show what runs (Error from server (Forbidden))")
-    assert machine.objects == {}
-
-
-@slow
 def test_load_balancer_that_does_not_come_is_a_failure(machine: World) -> None:
     machine.set(hostname="")
-    assert "has no ALB after 1 s" in machine.fail("--timeout", "1").splitlines()[-1]
+    assert "has no ALB. See kubectl" in machine.fail("--timeout", "1").splitlines()[-1]
     assert len(machine.rights()) == 2
 
 
@@ -616,14 +602,12 @@ def run_check(
 
 
 @slow
-@pytest.mark.parametrize("url", ["alb", "https://mail.example/"])
-def test_check_asks_the_service(running: World, checkout: Path, url: str) -> None:
+def test_check_asks_the_service(running: World, checkout: Path) -> None:
     for variable in ("TOKEN_SSM_PARAMETER", "AWS_REGION"):
         assert f"${{{variable}:-" in (PROJECT / "test.sh").read_text("utf-8")
-    result = run_check(running, checkout, url)
+    result = run_check(running, checkout, "https://mail.example/")
     assert (result.returncode, result.stderr) == (0, ""), result
-    asked = {"alb": "http://alb.example"}.get(url, "https://mail.example")
-    assert f"      {asked} {PARAMETER} {REGION}\n" in result.stdout
+    assert f"      https://mail.example {PARAMETER} {REGION}\n" in result.stdout
 
 
 @slow
