@@ -144,8 +144,7 @@ check_arguments() {
     check_value --parameter "$each" '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' \
       "AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName with = and a value"
   done
-  [[ $create_queue = false || $queue_name != *.fifo ]] ||
-    die "--create-queue makes standard queues; make $queue_name yourself, and leave the option out." 2
+  [[ $create_queue = false || $queue_name != *.fifo ]] || die "--create-queue makes standard queues only, not $queue_name." 2
 }
 
 # --- Checks, before anything is changed -------------------------------------------------------------
@@ -716,5 +715,8 @@ case $mode in
   deploy) deploy ;;
   dry-run) dry_run ;;
   render) print_manifests ;;
-  delete) delete_all ;;
+  delete)
+    delete_all
+    echo "Deleted."
+    ;;
 esac

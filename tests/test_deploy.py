@@ -803,6 +803,7 @@ def test_environment_is_made_and_deleted_but_for_its_queue(world: World) -> None
     output = world.deploy(*names, "--delete")
     assert f"there is no cluster {CLUSTER} any more" in output
     assert f"deleted {parameter}" in output
+    assert output.endswith("\nDeleted.\n")
     assert re.search(r"kept \S+/new with its messages; to delete it: aws sqs delete-queue", output)
     assert stacks(world) == {}
     assert world.token()["Value"] == "production's"
