@@ -16,8 +16,7 @@ Run it again at any time: only what differs is changed, and an option that is le
 Instead of deploying:
   --dry-run               check everything and say what would be done; nothing is changed
   --render                print the manifests as they would be applied, for kubectl apply -f -
-                          (where the AWS CLI is not installed: those of a first run)
-  --delete                remove all that was made here. Queues stay, with their messages
+  --delete                remove all that was made here, but no queue
 
 Options (with the value of the first run):
   --region REGION         the region (AWS_REGION, else us-west-1)
@@ -30,12 +29,11 @@ Options (with the value of the first run):
   --token-parameter NAME  the SSM parameter that holds the token, or several, separated by commas
                           (/email-service/api-token; /email-service/NAME/api-token with --environment)
   --parameter KEY=VALUE   AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName, as the template
-                          infra/email-processor.yaml describes them. May be given several times
+                          describes them. May be given several times
   --platform PLATFORM     what the nodes run (linux/amd64)
-  --timeout SECONDS       how long to wait for the ALB, for its first answer to --check, and for each
-                          removal (300). A roll-out may take any time, as long as it goes on
+  --timeout SECONDS       how long to wait for the ALB, its first answer, and each removal (300)
   --check URL             run ./test.sh against URL when the new pods serve, and undo the roll-out if
-                          it fails; alb stands for the ALB's own host, which does for HTTP alone
+                          it fails; alb stands for the ALB's own host, for HTTP alone
 
 API_TOKEN holds the token, if the parameter has to be made. Without it you are asked. If you answer
 nothing, or there is no terminal at the first run, a random one is made.
@@ -122,33 +120,31 @@ read_arguments() {
   registry=${arguments[0]} account=${arguments[1]} token_parameter=${token_parameter//[[:space:]]/}
 }
 
-# Refuses a value that does not look like one: they end in commands and manifests.
+# Refuses a value that would end in a manifest or a command as something else. AWS and docker refuse
+# other wrong ones themselves.
 check_value() {
   [[ $2 =~ ^($3)$ ]] || die "$1 '$2' is not $4; see --help." 2
 }
 
 check_arguments() {
   local each names='(/[A-Za-z0-9_.-]+)+'
-  check_value ECR_REGISTRY "$registry" '[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]+)?' "a registry's host name"
+  check_value ECR_REGISTRY "$registry" '[a-z0-9.-]+(:[0-9]+)?' "a registry's host name"
   check_value AWS_ACCOUNT_ID "$account" '[0-9]{12}' "an account's 12 digits"
   check_value --region "$region" '[a-z]{2}(-[a-z]+)+-[0-9]+' "a region such as us-west-1"
   check_value --environment "$environment" '([a-z0-9]+(-[a-z0-9]+)*)?' "small letters, digits and hyphens"
-  check_value --cluster "$cluster" '([A-Za-z0-9][A-Za-z0-9_-]{0,99})?' "a cluster's name"
   check_value --queue-name "$queue_name" '([A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo)?' "a queue's name"
   check_value --certificate-arn "$certificate_arn" "(none|arn:[a-z-]+:acm:$region:[0-9]{12}:certificate/[A-Za-z0-9-]+)?" \
     "the ARN of an ACM certificate in $region, or none"
   check_value --token-parameter "$token_parameter" "($names(,$names)*)?" \
     "a parameter's name such as /email-service/api-token, or several, separated by commas"
-  check_value --platform "$platform" 'linux/[a-z0-9/]+' "a platform such as linux/arm64"
   check_value --timeout "$timeout" '[1-9][0-9]{0,4}' "a number of seconds"
-  check_value --check "$check" '(alb|https?://[A-Za-z0-9.-]+(:[0-9]+)?(/[^[:space:]]*)?)?' "a URL, or alb"
+  check_value --check "$check" '(alb|https?://[^[:space:]]+)?' "a URL, or alb"
   # The template checks the value, but the AWS CLI passes over a key that the template does not have.
   for each in ${parameters[@]+"${parameters[@]}"}; do
     check_value --parameter "$each" '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' \
       "AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName with = and a value"
   done
-  [[ $create_queue = false || $queue_name != *.fifo ]] ||
-    die "--create-queue makes standard queues; make $queue_name yourself, and leave the option out." 2
+  [[ $create_queue = false || $queue_name != *.fifo ]] || die "--create-queue makes standard queues only, not $queue_name." 2
 }
 
 # --- Checks, before anything is changed -------------------------------------------------------------
@@ -159,14 +155,14 @@ check_tools() {
     command -v "$tool" >/dev/null || problem "$tool is missing: install it."
   done
   [ "$mode" != delete ] || return 0
-  if command -v docker >/dev/null && ask "docker does not reach its engine: start it" docker info; then
-    ask "docker has no buildx: install it" docker buildx version || true
-  fi
-  ! command -v git >/dev/null || ! ask "$PWD is no git checkout: deploy from a clone" git rev-parse HEAD || find_tag
+  ! command -v docker >/dev/null || ask "docker does not reach its engine: start it" docker info || true
+  ! command -v git >/dev/null || check_checkout || true
   [[ ! $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com ]] ||
     [ "${BASH_REMATCH[1]}.${BASH_REMATCH[2]}" = "$account.$region" ] ||
     problem "The registry $registry is not the one of account $account in $region: correct ECR_REGISTRY, AWS_ACCOUNT_ID or --region."
 }
+
+check_checkout() { ask "$PWD is no git checkout: deploy from a clone" tag_of_image && tag=$answer; }
 
 check_credentials() {
   command -v aws >/dev/null || return 1
@@ -196,11 +192,11 @@ check_stack() {
   case $mode:$stack_status in
     *_IN_PROGRESS) problem "$state: wait until the other deployment has ended, and run this again." ;;
     delete:*) ;;
-    *:ROLLBACK_COMPLETE | *:ROLLBACK_FAILED | *:DELETE_FAILED)
-      problem "$state: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
-      ;;
     *:UPDATE_ROLLBACK_FAILED)
-      problem "$state: see why in its events, run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
+      problem "$state: run aws cloudformation continue-update-rollback --region $region --stack-name $stack, and this again."
+      ;;
+    *:ROLLBACK_* | *:DELETE_FAILED)
+      problem "$state: see why in its events, run ./deploy.sh --delete with the same arguments, and deploy again."
       ;;
   esac
 }
@@ -243,12 +239,8 @@ check_objects() {
     read_cluster || return 0
   running=$answer
   owner=$(value_of runningServiceAccount)
-  if [ -n "$owner" ] && [[ $owner != *":iam::$account:role/$role" ]]; then
+  [[ ${owner:-:iam::$account:role/$role} == *":iam::$account:role/$role" ]] ||
     problem "The cluster $cluster belongs to another deployment, with the role $owner: correct --cluster or --environment."
-  elif [ "$mode:$stack_status" = delete: ] && [ -n "$environment" ] &&
-    [ -n "$(kube get namespace "$name" --ignore-not-found --output name)" ]; then
-    problem "There is no stack $stack, so the namespace $name of $cluster may be another's: correct --environment or --cluster."
-  fi
   [ "$mode" != delete ] || return 0
   # The class stands for the controller: EKS Auto Mode's own has no Deployment.
   [[ $(value_of runningIngressClass) =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
@@ -324,11 +316,12 @@ preflight() {
     check_stack
     if check_cluster; then check_objects; fi
     complete_options
-    [ "$mode" = delete ] || {
+    if [ "$mode" != delete ]; then
       check_token
       check_queue
       check_certificate
-    }
+      stack_options
+    fi
   fi
   [ ${#problems[@]} -eq 0 ] || {
     printf '      - %s\n' "${problems[@]}" >&2
@@ -340,10 +333,8 @@ preflight() {
 
 # Parameters that are not named keep their value.
 deploy_stack() {
-  # Some versions of the CLI report an unchanged stack as a failure.
   aws cloudformation deploy --stack-name "$stack" --template-file infra/email-processor.yaml --tags "service=$name" \
-    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset --parameter-overrides "$@" >"$work/log" 2>&1 ||
-    grep -q 'No updates are to be performed' "$work/log" || {
+    --capabilities CAPABILITY_NAMED_IAM --no-fail-on-empty-changeset --parameter-overrides "$@" >"$work/log" 2>&1 || {
     grep -v '^[[:space:]]*$' "$work/log" | tail -n 5 >&2
     aws cloudformation describe-stack-events --stack-name "$stack" --output text \
       --query "StackEvents[?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" \
@@ -353,13 +344,7 @@ deploy_stack() {
 }
 
 # The items of two lists, separated by commas, each once.
-join() {
-  local item list=$1
-  for item in ${2//,/ }; do
-    [[ ,$list, == *,$item,* ]] || list+=,$item
-  done
-  echo "${list#,}"
-}
+join() { tr , '\n' <<<"$1,$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 
 # Sets token_arns and queue_arn to what the new pods need, and parameters to what the stack gets. Old
 # pods run beside the new ones, so the role keeps what it may use until the last step.
@@ -380,13 +365,11 @@ stack_options() {
 # and the shell's trace can be seen by others.
 token() (
   { set +x; } 2>/dev/null
-  given=${API_TOKEN:-}
-  if [ -z "$given" ] && [ -t 0 ]; then
-    read -rsp "      Token for $token_found (nothing: make one up): " given
+  token=${API_TOKEN:-}
+  if [ -z "$token" ] && [ -t 0 ]; then
+    read -rsp "      Token for $token_found (nothing: make one up): " token
     echo >&2
   fi
-  token=${given#"${given%%[![:space:]]*}"} token=${token%"${token##*[![:space:]]}"}
-  [ "$token" = "$given" ] || echo "deploy.sh: warning: white space around the token is left out." >&2
   [ -n "$token" ] || token=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n')
   printf %s "$token"
 )
@@ -406,20 +389,23 @@ make_token() {
 
 # --- Image ------------------------------------------------------------------------------------------
 
-# Sets tag: the commit, for a changed checkout with what the image is made of, and the platform if it is
-# not the usual one, because the repository's tags are immutable.
-find_tag() {
-  local files=(.dockerignore Dockerfile app.py gunicorn.conf.py openapi.yaml requirements.txt)
+# Prints the image's tag: the commit, for a changed checkout with what the image is made of, and the
+# platform if it is not the usual one, because the repository's tags are immutable.
+tag_of_image() {
+  local tag files=(.dockerignore Dockerfile app.py gunicorn.conf.py openapi.yaml requirements.txt)
   tag=$(git rev-parse --short=12 HEAD) || return 1
   [ -z "$(git --no-optional-locks status --porcelain)" ] ||
     tag+=-dirty-$(cat "${files[@]}" | git hash-object --stdin | cut -c 1-12)
   [ "$platform" = linux/amd64 ] || tag+=-${platform##*/}
+  echo "$tag"
 }
 
-# Sets image to the repository with the digest that the registry knows for the tag.
+# Sets image to the repository with the tag's digest: docker knows it here, ECR that of an image from elsewhere.
 find_digest() {
   image=$(docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$repository:$tag" |
-    grep -F "$repository@sha256:" | head -n 1)
+    grep -F "$repository@sha256:" | head -n 1) && return
+  image=$(aws ecr describe-images --repository-name "${repository#*/}" --image-ids "imageTag=$tag" \
+    --query 'imageDetails[0].imageDigest' --output text) && [[ $image == sha256:* ]] && image=$repository@$image
 }
 
 push_image() {
@@ -433,7 +419,7 @@ push_image() {
   fi
   quietly docker build --platform "$platform" --tag "$repository:$tag" . ||
     die "The image was not built, for the reasons above. Correct them and run this again."
-  if ! { quietly docker push "$repository:$tag" && find_digest; }; then
+  if ! quietly docker push "$repository:$tag" || ! find_digest; then
     die "The image was not pushed to $repository, for the reasons above. Correct them and run this again."
   fi
   say "pushed $image"
@@ -480,33 +466,24 @@ END
 }
 
 apply() {
-  local complete=yes
-  kube apply -f - <<<"$1" >"$work/applied" 2>"$work/error" || complete=no
-  cat "$work/error" >&2 # warnings, too
-  [ "$same" = yes ] || grep -v ' unchanged$' "$work/applied" | indent || true
-  [ "$complete" = yes ] || stop "The manifests were not all applied, for the reasons above"
+  quietly kube apply -f - <<<"$1" || stop "The manifests were not all applied, for the reasons above"
+  grep -v ' unchanged$' "$work/log" | indent || true
 }
 
-# The Deployment's generation, and how the roll-out of its newest pods has ended.
-deployment_state() {
-  kube get "deployment/$name" --ignore-not-found \
-    --output 'jsonpath={.metadata.generation} {.status.conditions[?(@.type=="Progressing")].reason}'
-}
-
+# Keeps what runs in files, empty ones if nothing does.
 read_objects() {
   kube get "configmap/$name-config" --ignore-not-found --output json >"$work/configmap" &&
-    kube get "deployment/$name" --ignore-not-found --output json >"$work/deployment" &&
-    state_before=$(deployment_state)
+    kube get "deployment/$name" --ignore-not-found --output json >"$work/deployment"
 }
 
 apply_manifests() {
-  local same=no i
+  local i
   render
   must "kubectl does not show what runs" read_objects
   # What apply prints does not tell: it calls a PodDisruptionBudget "configured" each time.
   if kube diff -f - <<<"$manifests" >/dev/null 2>&1; then
-    same=yes
     say "nothing to change"
+    return
   fi
   undo=yes
   apply "$before"
@@ -518,7 +495,7 @@ apply_manifests() {
   done
   apply "$after"
   # The autoscaler would bring the second pod only after the roll-out of the first.
-  [ -n "$state_before" ] || quietly kube scale "deployment/$name" \
+  [ -s "$work/deployment" ] || quietly kube scale "deployment/$name" \
     --replicas "$(kube get "hpa/$name-hpa" --output 'jsonpath={.spec.minReplicas}')" || true
 }
 
@@ -546,26 +523,25 @@ put_back() {
     quietly kube replace --raw "$2" -f -
 }
 
+go_back() {
+  local api="namespaces/$name" anew='"metadata": {"resourceVersion": null}' replicas
+  put_back configmap "/api/v1/$api/configmaps/$name-config" "{$anew}" || true
+  # The autoscaler may have changed their number since.
+  replicas=$(kube get "deployment/$name" --output 'jsonpath={.spec.replicas}') &&
+    put_back deployment "/apis/apps/v1/$api/deployments/$name" "{$anew, \"spec\": {\"replicas\": $replicas}}"
+}
+
 # Ends the run, after going back to what ran before if anything was applied.
 stop() {
-  local failed=$1 status=${2:-1} again="Correct it and run this again." replicas
+  local failed=$1 status=${2:-1}
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it
   [ "$undo" = yes ] || die "$failed. Run this again." "$status"
-  [ -n "$state_before" ] ||
-    die "$failed. It is the first deployment, so there is nothing to go back to. $again" "$status"
-  [[ $state_before == *" NewReplicaSetAvailable" ]] ||
-    die "$failed. What was deployed before had not rolled out either, so there is nothing to go back to. $again" "$status"
-  put_back configmap "/api/v1/namespaces/$name/configmaps/$name-config" '{"metadata": {"resourceVersion": null}}' || true
-  [[ $(deployment_state) != "${state_before% *} "* ]] ||
-    die "$failed. The Deployment is the one that was there before. $again" "$status"
-  # The autoscaler may have changed their number since.
-  if ! { replicas=$(kube get "deployment/$name" --output 'jsonpath={.spec.replicas}') &&
-    put_back deployment "/apis/apps/v1/namespaces/$name/deployments/$name" \
-      "{\"metadata\": {\"resourceVersion\": null}, \"spec\": {\"replicas\": $replicas}}" &&
-    trap - INT TERM HUP && rollout; }; then
-    die "$failed, and so did going back to what ran before. See kubectl --namespace $name describe deployment $name." "$status"
+  grep -q '"NewReplicaSetAvailable"' "$work/deployment" ||
+    die "$failed. No roll-out has succeeded before, so there is nothing to go back to. Correct it and run this again." "$status"
+  if go_back && trap - INT TERM HUP && rollout; then
+    die "$failed, and the deployment was undone: what ran before serves again. Correct it and run this again." "$status"
   fi
-  die "$failed, and the deployment was undone: what ran before serves again. $again" "$status"
+  die "$failed, and so did going back to what ran before. See kubectl --namespace $name describe deployment $name." "$status"
 }
 
 # --- ALB --------------------------------------------------------------------------------------------
@@ -607,7 +583,6 @@ finish_stack() {
 
 deploy() {
   preflight
-  stack_options
   step "deploy the stack $stack"
   deploy_stack "${parameters[@]}"
   must "AWS does not show the stack $stack" read_stack
@@ -636,17 +611,15 @@ deploy() {
   step "make the alarms of the ALB, and take away the rights of what ran before"
   finish_stack
   [ -n "$host" ] ||
-    die "The service runs, but has no ALB after $timeout s. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
+    die "The service runs, but has no ALB. See kubectl --namespace $name describe ingress $name-ingress and the controller's log, and run this again."
   if [ -n "$certificate_arn" ]; then
     say "point the certificate's domain at this host with a CNAME or alias record; clients use the domain"
-    host=https://$host
   fi
-  echo "Deployed in $SECONDS s: http://${host#http://}"
+  echo "Deployed in $SECONDS s: http${certificate_arn:+s}://$host"
 }
 
 dry_run() {
   preflight
-  stack_options
   cat <<END
 Would deploy the stack $stack (${stack_status:-there is none yet}) with ${parameters[*]};
 $([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
@@ -661,7 +634,7 @@ END
 # Standard output is for the manifests alone. What AWS and the cluster cannot say yet is taken from the
 # names of a first run; but in place of real ones, those would lead the service elsewhere.
 print_manifests() {
-  must "The image's tag is the commit, and git does not tell it; render in a clone" find_tag
+  check_checkout || die "${problems[0]}"
   if command -v aws >/dev/null; then
     check_credentials || die "${problems[0]}"
     must "AWS does not show the stack $stack" read_stack
@@ -670,12 +643,9 @@ print_manifests() {
   running=$(read_cluster 2>"$work/error") || [ -n "$certificate_arn" ] || [ -z "$stack_status" ] ||
     die "The cluster $cluster does not tell its certificate, without which tokens might travel in clear text ($(complaint)). Correct --cluster or --context, or give --certificate-arn (none for HTTP)."
   [ -n "$stack_status$running" ] ||
-    echo "deploy.sh: note: neither the stack $stack nor the cluster $cluster can be asked, so names are those of a first run." >&2
+    echo "deploy.sh: note: neither the stack $stack nor the cluster can be asked, so names are those of a first run." >&2
   complete_options
   find_digest 2>/dev/null || {
-    image=$(aws ecr describe-images --repository-name "${repository#*/}" --image-ids "imageTag=$tag" \
-      --query 'imageDetails[0].imageDigest' --output text 2>/dev/null) && [[ $image == sha256:* ]] && image=$repository@$image
-  } || {
     image=$repository:$tag
     echo "deploy.sh: note: neither docker here nor ECR knows a digest of the image, so it is named by its tag; deploy it first." >&2
   }
@@ -725,10 +695,13 @@ check_arguments
 name=email-processor # of the stack, the repository, the namespace and what is in it
 # As infra/email-processor.yaml names them.
 stack=$name${environment:+-$environment} role=$name-role${environment:+-$environment} repository=$registry/$stack
-number=0 steps=8 problems=() stack_status="" stack_values="" running="" partition=aws issuer="" queue="" ours="" dead_letters="" token_found="" undo=no
-[ -z "$check" ] || steps=9
-[ "$mode" != delete ] || steps=4
-[ "$mode" != dry-run ] || steps=1
+number=0 steps=8 problems=() stack_status="" stack_values="" running="" partition=aws issuer=""
+queue="" ours="" dead_letters="" token_found="" undo=no
+case $mode in
+  deploy) [ -z "$check" ] || steps=9 ;;
+  delete) steps=4 ;;
+  *) steps=1 ;;
+esac
 
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN

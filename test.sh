@@ -24,10 +24,7 @@ Exit status: 0 when all checks have passed, 1 when one has not, 2 for a wrong ar
 HELP
 }
 
-die() {
-  echo "test.sh: $1" >&2
-  exit "${2:-1}"
-}
+die() { echo "test.sh: $1" >&2 && exit "${2:-1}"; }
 
 # Sets token. It stays in this shell and in pipes: arguments and exported variables of processes
 # can be seen by others.
@@ -36,9 +33,7 @@ find_token() {
   token=${API_TOKEN:-}
   unset API_TOKEN
   [ -z "$token" ] || return 0
-  name=${TOKEN_SSM_PARAMETER:-/email-service/api-token}
-  name=${name%%,*}
-  name=${name//[[:space:]]/}
+  name=${TOKEN_SSM_PARAMETER:-/email-service/api-token} name=${name%%,*} name=${name//[[:space:]]/}
   region=${AWS_REGION:-us-west-1}
   command -v aws >/dev/null ||
     die "No token: set API_TOKEN (for a local service see --help), or install the AWS CLI, which reads it from SSM."
@@ -70,16 +65,13 @@ json_string() {
 # Runs curl, and sets came to the status and what tells the answers apart, or to "" and complaint to
 # curl's when there is no answer. The answer itself is never shown: it might repeat the token.
 send() {
-  local answer complete=yes error='"error": *"([a-z_]+)"'
+  local answer error='"error": *"([a-z_]+)"'
   # -q: a .curlrc might change what is sent and printed.
   answer=$(curl -q --silent --show-error --globoff --max-time 30 \
-    --write-out '\n%{http_code}' "$@" 2>&1) || complete=no
-  if [ "$complete" = no ]; then
-    came=""
-    complaint=${answer##*curl: }
-    complaint=${complaint%%$'\n'*}
-    return
-  fi
+    --write-out '\n%{http_code}' "$@" 2>&1) || {
+    came="" complaint=${answer##*curl: } complaint=${complaint%%$'\n'*}
+    return 0
+  }
   came=${answer##*$'\n'}
   if [[ $answer =~ $error ]]; then
     came+=" ${BASH_REMATCH[1]}"
@@ -108,10 +100,7 @@ post() {
 }
 
 case ${1:-} in
-  -h | --help)
-    usage
-    exit
-    ;;
+  -h | --help) usage && exit ;;
 esac
 [ $# -le 1 ] || die "Too many arguments; see --help." 2
 url=${1:-http://localhost:8080}
@@ -149,8 +138,5 @@ post "timestamp out of range" "400 invalid_timestamp" \
   "{\"data\": {$good, \"email_timestream\": \"4102444801\", $content}, $auth}"
 post "invalid JSON" "400 invalid_json" "{\"data\": {$good, $time, $content}, $auth"
 
-if [ "$failed" -gt 0 ]; then
-  echo "test.sh: $failed of 9 checks failed at $url.$hint" >&2
-  exit 1
-fi
+[ "$failed" -eq 0 ] || die "$failed of 9 checks failed at $url.$hint"
 echo "All 9 checks passed at $url."

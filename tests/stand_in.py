@@ -22,11 +22,9 @@ LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 def docker(state: dict[str, Any], arguments: list[str]) -> str:
     match arguments:
-        case ["info"] | ["login", *_]:
-            return ""
-        case ["buildx", "version"]:
-            if not state["buildx"]:
-                sys.exit("docker: 'buildx' is not a docker command.")
+        case ["info"]:
+            if not state["engine"]:
+                sys.exit("Cannot connect to the Docker daemon")
         case ["pull", *_, reference]:
             if reference not in state["pushed"]:
                 sys.exit(f"Error response from daemon: manifest for {reference} not found")
@@ -111,11 +109,7 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
             )
             if found is None:
                 return ""
-            if output == "json":
-                return json.dumps(found)
-            if "replicas" in output:
-                return str(found["spec"]["replicas"])
-            return f"{found['metadata']['generation']} {found['status']['conditions'][0]['reason']}"
+            return json.dumps(found) if output == "json" else str(found["spec"]["replicas"])
         case ["get", "hpa/email-processor-hpa", *_]:
             return str(
                 objects["HorizontalPodAutoscaler/email-processor-hpa"]["spec"]["minReplicas"]
