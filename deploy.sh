@@ -239,8 +239,12 @@ check_objects() {
     read_cluster || return 0
   running=$answer
   owner=$(value_of runningServiceAccount)
-  [[ ${owner:-:iam::$account:role/$role} == *":iam::$account:role/$role" ]] ||
+  if [[ ${owner:-:iam::$account:role/$role} != *":iam::$account:role/$role" ]]; then
     problem "The cluster $cluster belongs to another deployment, with the role $owner: correct --cluster or --environment."
+  elif [ "$mode:$stack_status" = delete: ] && [ -n "$environment" ] &&
+    [ -n "$(kube get namespace "$name" --ignore-not-found --output name)" ]; then
+    problem "There is no stack $stack, so the namespace $name of $cluster may be another's: correct --environment or --cluster."
+  fi
   [ "$mode" != delete ] || return 0
   # The class stands for the controller: EKS Auto Mode's own has no Deployment.
   [[ $(value_of runningIngressClass) =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
@@ -365,11 +369,13 @@ stack_options() {
 # and the shell's trace can be seen by others.
 token() (
   { set +x; } 2>/dev/null
-  token=${API_TOKEN:-}
-  if [ -z "$token" ] && [ -t 0 ]; then
-    read -rsp "      Token for $token_found (nothing: make one up): " token
+  given=${API_TOKEN:-}
+  if [ -z "$given" ] && [ -t 0 ]; then
+    read -rsp "      Token for $token_found (nothing: make one up): " given
     echo >&2
   fi
+  token=${given#"${given%%[![:space:]]*}"} token=${token%"${token##*[![:space:]]}"}
+  [ "$token" = "$given" ] || echo "deploy.sh: warning: white space around the token is left out." >&2
   [ -n "$token" ] || token=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n')
   printf %s "$token"
 )

@@ -631,6 +631,14 @@ def test_check_that_fails_undoes_the_deployment(
     assert running.rights()[-1][0] == "dev-CP-queue,other"
 
 
+@slow
+def test_white_space_around_a_new_token_is_left_out(machine: World) -> None:
+    machine.set(parameters={})
+    result = machine.run(API_TOKEN=f" {TOKEN}\r\n")
+    assert result.stderr == "deploy.sh: warning: white space around the token is left out.\n"
+    assert machine.parameters == {PARAMETER: TOKEN}
+
+
 # --- With the AWS command line --------------------------------------------------------------------
 
 
