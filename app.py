@@ -120,7 +120,7 @@ class Settings:
 
     sqs_queue_url: str = _setting("the queue's URL", _text(r"https?://[^/\s]+/\S+"))
     aws_region: str = _setting(
-        "a region such as us-west-1", _text(r"[a-z]{2}(-[a-z]+)+-[0-9]+"), "us-west-1"
+        "a region such as us-west-1", _text(r"[a-z]{2,}(-[a-z]+)+-[0-9]+"), "us-west-1"
     )
     token_ssm_parameter: tuple[str, ...] = _setting(
         "1 to 10 parameter names, separated by commas",
@@ -187,7 +187,8 @@ def logging_config(level: str) -> dict[str, Any]:
             "email_processor": {"level": level},
             # Gunicorn takes its own logger out of the tree.
             "gunicorn.error": {"level": "INFO", "propagate": True},
-            "botocore": {"level": "WARNING"},
+            # It would warn with a traceback each time that credentials are not renewed.
+            "botocore": {"level": "ERROR"},
         },
     }
 
@@ -241,7 +242,10 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-# A call of SQS takes 5 to 30 ms; 3, 5 and 14 s are the limits of a call, a message and a request.
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the metrics' files are made at once
+    os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)
+
+# A call of SQS takes 5 to 30 ms; 3 and 5 s are the limits of a call, and of a message's wait.
 SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
 
 
@@ -411,7 +415,7 @@ class LogHandler(QueueHandler):
                 told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
                 self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
                 self._told += dropped
-        except (AttributeError, OSError, TypeError):  # closed, or full though it never blocks
+        except (AttributeError, OSError, TypeError, ValueError):  # closed, or full and non-blocking
             self._drop()
 
     def _put(self, data: bytes) -> None:
@@ -615,13 +619,14 @@ def cause_of(error: Exception) -> str:
 
 
 def detail_of(error: Exception) -> str:
-    """The cause for the log: AWS's text, which names principal and resource but quotes no token, or
-    that of the operating system, which names the file.
+    """The cause for the log: the first line of AWS's text, which names principal and resource, or
+    of the operating system's, which names the file.
 
-    The text of any other exception may quote the answer that could not be read.
+    Further lines of AWS may quote the request with its session token, and the text of any other
+    exception the answer that could not be read.
     """
     harmless = isinstance(error, ClientError | BotoCoreError | OSError)
-    return str(error) if harmless else cause_of(error)
+    return str(error).partition("\n")[0] if harmless else cause_of(error)
 
 
 def is_temporary(error: Exception) -> bool:
@@ -685,7 +690,10 @@ class Credentials:
                     raise NoCredentialsError
                 self._found = source.get_frozen_credentials()
             except Exception as error:  # a file or an answer of STS may be garbled in any way
-                source, self._problem = None, error
+                if isinstance(error, UnicodeDecodeError):
+                    file = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE", "a file")
+                    error = CredentialRetrievalError(provider=file, error_msg="it is not UTF-8")
+                self._problem = error
                 if self._found:  # they count until AWS refuses them
                     log.warning("credentials not renewed", extra={"cause": detail_of(error)})
             self._looked.set()
@@ -712,11 +720,11 @@ class AwsClient:
         session = aws_session()
         # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
         # looks for none.
-        meta = (
-            boto3.Session(botocore_session=session)
-            .client(service, region, aws_access_key_id="-", aws_secret_access_key="-")  # noqa: S106
-            .meta
-        )
+        keys = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
+        try:
+            meta = boto3.Session(botocore_session=session).client(service, region, **keys).meta
+        except (BotoCoreError, ValueError) as error:  # AWS's own variables and files
+            raise SettingsError(f"The AWS configuration is unusable: {error}") from None
         # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
         # sent.
         self.url = meta.endpoint_url.rstrip("/") + "/"
@@ -781,12 +789,12 @@ class AwsClient:
         while True:
             tries -= 1
             try:
-                return self._call_once(target, json.dumps(given).encode(), end - time.monotonic())
+                return self._call_once(target, json.dumps(given).encode(), end)
             except Exception as error:
                 if not tries or not is_temporary(error) or time.monotonic() >= end:
                     raise
 
-    def _call_once(self, target: str, body: bytes, seconds: float) -> dict[str, Any]:
+    def _call_once(self, target: str, body: bytes, end: float) -> dict[str, Any]:
         credentials = self._credentials.frozen()
         headers = [*self._headers, f"X-Amz-Target: {target}"]
         if credentials.token:
@@ -798,7 +806,7 @@ class AwsClient:
         head, parts = list[bytes](), list[bytes]()
         sends[0] = 0
         try:
-            curl.setopt(pycurl.TIMEOUT_MS, max(1, int(seconds * 1000)))
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((end - time.monotonic()) * 1000)))
             curl.setopt(pycurl.USERNAME, credentials.access_key)
             curl.setopt(pycurl.PASSWORD, credentials.secret_key)
             curl.setopt(pycurl.HTTPHEADER, headers)
@@ -1185,11 +1193,17 @@ class Publisher:
             if self._open and not self._may_start():
                 raise Refusal("queue_unavailable")
             self._waiting.append(pending)
-        while pending.outcome is None:
-            if batch := self._next_batch(pending):
-                self._send(batch)
-            elif not pending.outcome:
-                pending.look.acquire(timeout=self.STALL_SECONDS)
+        try:
+            while pending.outcome is None:
+                if batch := self._next_batch(pending):
+                    self._send(batch)
+                elif not pending.outcome:
+                    pending.look.acquire(timeout=self.STALL_SECONDS)
+        finally:
+            if pending.outcome is None:  # this thread is dying: another one makes the next call
+                with self._lock, suppress(ValueError):
+                    self._waiting.remove(pending)
+                    self._rouse_first()
         if isinstance(pending.outcome, Refusal):
             raise pending.outcome
         return pending.outcome
@@ -1248,11 +1262,11 @@ class Publisher:
         try:
             if batch[0].attempts:
                 self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
-            began = self._clock()
-            results = self._call(batch)
+            began, probing = self._clock(), self._open
+            results = self._call(batch, self._probe if probing else self._sqs)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(batch))
-            again = self._settle(batch, results, began)
+            again = self._settle(batch, results, began, probing)
         finally:
             with self._lock:
                 for pending in batch:
@@ -1263,9 +1277,8 @@ class Publisher:
                 self._in_flight -= len(batch)
                 self._rouse_first()
 
-    def _call(self, batch: list[Pending]) -> list[str | Exception]:
+    def _call(self, batch: list[Pending], sqs: Any) -> list[str | Exception]:
         """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
-        sqs = self._probe if self._open else self._sqs
         try:
             if len(batch) == 1:
                 answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
@@ -1286,7 +1299,7 @@ class Publisher:
             return [error] * len(batch)
 
     def _settle(
-        self, batch: list[Pending], results: list[str | Exception], began: float
+        self, batch: list[Pending], results: list[str | Exception], began: float, probing: bool
     ) -> list[Pending]:
         """Give every message its outcome, except those that are to be sent again: these."""
         label = result_of(results)
@@ -1315,7 +1328,7 @@ class Publisher:
                     too_large = "must be shorter than" in cause
                     code = "message_too_large" if too_large else "queue_unavailable"
                     self._end(pending, Refusal(code))
-            self._note(label, began, next(iter(failures), ("", False))[0])
+            self._note(label, began, probing, next(iter(failures), ("", False))[0])
         for (cause, retried), ids in failures.items():
             level, text = (
                 (logging.WARNING, "; they are tried again") if retried else (logging.ERROR, "")
@@ -1329,7 +1342,7 @@ class Publisher:
             pending.outcome = outcome
             self._rouse(pending)
 
-    def _note(self, label: str, began: float, cause: str) -> None:
+    def _note(self, label: str, began: float, probing: bool, cause: str) -> None:
         """Open or close the circuit after a call that began then. Locked."""
         now = self._clock()
         if label not in ("timeout", "unavailable"):
@@ -1345,7 +1358,8 @@ class Publisher:
         self._failures += 1
         silent = label == "timeout" and self._answered_at < began
         if self._open:
-            self._probe_at = now + self.PROBE_SECONDS
+            if probing:  # an earlier call may end only now
+                self._probe_at = now + self.PROBE_SECONDS
         elif silent or self._failures >= self.FAILURES:
             self._open, self._opened_at, self._probe_at = True, now, now
             SQS_CIRCUITS_OPEN.set(1)
@@ -1385,9 +1399,13 @@ _DOCS_POLICY = (
 
 
 def header_text(value: str) -> str:
-    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is."""
+    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is.
+
+    SQS refuses U+FFFE and U+FFFF.
+    """
     with suppress(UnicodeDecodeError):
-        value = value.encode("latin-1").decode()
+        text = value.encode("latin-1").decode()
+        value = value if re.search("[\ufffe\uffff]", text) else text
     return value.strip()
 
 

@@ -56,6 +56,7 @@ import app
 
 try:
     settings = app.Settings.from_environ(os.environ)
+    app.AwsClient("sqs", settings.aws_region, app.Credentials())  # to see AWS's own settings, too
 except app.SettingsError as error:
     sys.exit(str(error))
 
@@ -109,7 +110,7 @@ logger_class = Logger
 body_timeout = settings.body_timeout_seconds
 # A whole head, or a first line that is no request's.
 can_be_read = re.compile(
-    rb"[\r\n]*+(.*?\n\r?\n|(?![A-Z]+ \S+ HTTP/1\.[01]\r\n)[^\n]*\n)", re.DOTALL
+    rb"[\r\n]*+(.*?\n\r?\n|(?![!-~]+ \S+ HTTP/1\.[0-9]\r\n)[^\n]*\n)", re.DOTALL
 ).match
 
 
@@ -131,18 +132,21 @@ class ClientSocket(socket.socket):
         if self.received:
             data, self.received = self.received[:size], self.received[size:]
             return data
-        while (left := self.deadline - time.monotonic()) > 0:
+        while True:
             try:
                 data = super().recv(size)
             except BlockingIOError:
+                # The wait for a thread counts, else slow bodies in a row would hold the threads
+                # for one deadline after the other. What has come by then counts, too.
+                if (left := self.deadline - time.monotonic()) <= 0:
+                    self.ended = self.late = True
+                    return b""
                 readable = poll()
                 readable.register(self, POLLIN)
                 readable.poll(left * 1000)
             else:
                 self.ended = not data
                 return data
-        self.ended = self.late = True
-        return b""
 
     def send(self, data: Any, flags: int = 0) -> int:
         sent = 0
@@ -212,12 +216,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def accept(self, listener: Any) -> bool:
         try:
             sock, address = listener.accept()
+            # Else a client that takes nothing would have a whole answer in the kernel's memory.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         except OSError:  # nobody is there any more, or there is no room
             return False
         client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
         socket.socket.setblocking(client, False)
-        # Else a client that takes nothing would have a whole answer in the kernel's memory.
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         conn = TConn(self.cfg, client, address, listener.getsockname())
         conn.parser, conn.data_ready = ClientParser(self.cfg, client, address), True
         self.nr_conns += 1
@@ -240,12 +244,6 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             conn.sock.deadline = time.monotonic() + body_timeout
         conn.sock.received += conn.sock.receive()
         self.await_head(conn)
-
-    def handle(self, conn: TConn) -> Any:
-        # The wait for a thread counts, else slow bodies in a row would hold the threads for one
-        # deadline after the other. By then most of an honest one is here.
-        conn.sock.deadline = max(conn.sock.deadline, time.monotonic() + body_timeout / 20)
-        return super().handle(conn)
 
     def finish_request(self, conn: TConn, fs: Any) -> None:
         conn.timeout = time.monotonic() + 2 * body_timeout

@@ -1272,7 +1272,13 @@ def test_shared_request_id_drops_no_message(aws: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize(
     ("sent", "arrives"),
-    [("é-1".encode(), "é-1"), ("名".encode(), "名"), (b"\xe9-1", "é-1"), (b" k ", "k")],
+    [
+        ("é-1".encode(), "é-1"),
+        ("名".encode(), "名"),
+        (b"\xe9-1", "é-1"),
+        (b" k ", "k"),
+        ("\uffff".encode(), "\xef\xbf\xbf"),  # a character that SQS refuses
+    ],
 )
 def test_idempotency_key_arrives_as_its_text(service: Service, sent: bytes, arrives: str) -> None:
     environ = {"HTTP_IDEMPOTENCY_KEY": sent.decode("latin-1")}  # as WSGI shows bytes

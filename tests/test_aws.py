@@ -165,6 +165,20 @@ def test_endpoint_is_the_one_that_boto3_calls(
     assert app.AwsClient(service, "us-west-2", app.Credentials()).url == asked[0]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("AWS_ENDPOINT_URL", "localhost:4566"), ("AWS_PROFILE", "nope"), ("AWS_CONFIG_FILE", "bad")],
+)
+def test_unusable_aws_configuration_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str
+) -> None:
+    (tmp_path / "bad").write_text("no configuration")
+    value = str(tmp_path / "bad") if value == "bad" else value
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(app.SettingsError, match=r"^The AWS configuration is unusable: .+$"):
+        client()
+
+
 # --- TLS and proxies ------------------------------------------------------------------------------
 
 
@@ -353,6 +367,12 @@ def test_errors_are_those_of_boto3(verifying: FakeAws, service: str, error: dict
         seen.append((text, found.response["Error"], metadata))
     theirs.close()
     assert seen[0] == seen[1]
+
+
+def test_log_has_the_first_line_of_an_error_alone() -> None:
+    text = "The signature does not match.\n\nThe Canonical String was x-amz-security-token:SECRET"
+    error = ClientError({"Error": {"Code": "SignatureDoesNotMatch", "Message": text}}, "Send")
+    assert app.detail_of(error).endswith("The signature does not match.")
 
 
 @pytest.mark.usefixtures("verifying")

@@ -555,6 +555,24 @@ def test_thread_that_ends_in_its_call_strands_nobody() -> None:
     assert outcomes(requests)[2:] == "qs"
 
 
+def test_waiting_thread_that_ends_strands_nobody() -> None:
+    requests = Requests(fifo=True)
+    submit_many(requests, 2)  # the second waits for the first one's call
+
+    def look() -> float:
+        if threading.current_thread() is requests.threads[1]:
+            raise ThreadEnds
+        return requests.now
+
+    requests.publisher._clock = look
+    requests.threads[1].join(60)
+    requests.publisher._clock = requests.clock
+    requests.submit()
+    requests.end_all()
+    assert list(requests.answers.values())[1] == ["its thread ended"]
+    assert outcomes(requests) == "sss"
+
+
 # --- SQS is down ----------------------------------------------------------------------------------
 
 
@@ -592,6 +610,18 @@ def test_one_message_at_a_time_probes_while_sqs_is_down() -> None:
     submit_many(requests, 2)
     assert not requests.queue.calls
     assert outcomes(requests) == "q" * 9
+
+
+def test_earlier_call_that_fails_starts_no_second_probe() -> None:
+    requests = Requests(threads=2)
+    submit_many(requests, 2)
+    requests.end_call(0, failure="no answer")  # its probe begins
+    assert [call.probe for call in requests.queue.calls] == [False, True]
+    requests.end_call(0, failure="no answer")
+    requests.now += requests.publisher.PROBE_SECONDS
+    requests.submit()
+    assert [call.probe for call in requests.queue.calls] == [True]
+    requests.end_all()
 
 
 @pytest.mark.parametrize("failure", ["", "refused"])

@@ -522,3 +522,16 @@ def test_requirements_hold_what_pyproject_declares() -> None:
 
 def test_development_has_the_same_pins_as_production() -> None:
     assert pins("requirements.txt").items() <= pins("requirements-dev.txt").items()
+
+
+def test_every_clone_has_the_line_ends_of_unix(tmp_path: Path) -> None:
+    if not (PROJECT / ".git").exists():
+        pytest.skip("needs a clone")
+    clone = ["git", "clone", "--quiet", "--config", "core.autocrlf=true", str(PROJECT), "clone"]
+    subprocess.run(clone, cwd=tmp_path, check=True, capture_output=True)
+    listed = ["git", "ls-files", "--eol"]
+    lines = subprocess.run(
+        listed, cwd=tmp_path / "clone", check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert lines
+    assert not [line for line in lines if "w/crlf" in line or "w/mixed" in line]

@@ -85,6 +85,8 @@ UNANSWERED = {
     "nothing": b"",
     "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(range(50, 250)),
     "half a head": b"POST /process HTTP/1.1\r\nHost: ",
+    "half a head of another method": b"M-SEARCH / HTTP/1.1\r\nHost: ",
+    "half a head of another version": b"GET / HTTP/1.5\r\nHost: ",
     "half a head behind a request": HEALTH + b"POST /process HTTP/1.1\r\nHost: ",
 }
 

@@ -52,7 +52,7 @@ def run_step(name: str, before: str = "", **how: Any) -> subprocess.CompletedPro
     ids=lambda command: " ".join(word for word in command.split()[:4] if word[0] != "-"),
 )
 def test_linter_finds_nothing(command: str) -> None:
-    done = subprocess.run(f"{BIN}/{command}", shell=True, cwd=PROJECT, capture_output=True)
+    done = subprocess.run(f"'{BIN}'/{command}", shell=True, cwd=PROJECT, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
