@@ -1393,14 +1393,14 @@ def test_every_line_of_a_request_tells_its_id_and_trace(
     log_at: LogAt, failing: str, headers: dict[str, str]
 ) -> None:
     def fail(**_: Any) -> None:
-        logging.getLogger("botocore").warning("another library's, inside of the request")
+        logging.getLogger("botocore").error("another library's, inside of the request")
         raise DENIED
 
     ssm = Ssm(fail if failing == "token" else None)
     sqs = Sqs(fail, fail if failing == "queue" else None)
     lines = log_at("INFO")
     assert Service(ssm, sqs).post(headers={"X-Request-Id": "r-1", **headers}).status_code == 503
-    logging.getLogger("botocore").warning("another library's, outside of it")
+    logging.getLogger("botocore").error("another library's, outside of it")
     *inside, outside = lines()
     assert {"botocore", "email_processor"} == {line["logger"] for line in inside}
     assert {line["request_id"] for line in inside} == {"r-1"}
