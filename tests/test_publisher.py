@@ -285,7 +285,7 @@ STEPS = st.one_of(
     derandomize=True,  # the same examples in every run
     database=None,
     deadline=None,
-    max_examples=100,
+    max_examples=60,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(

@@ -289,6 +289,7 @@ def test_machine_without_ipv6_is_served_on_ipv4(
         assert service.ask(post()).status == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_port_that_is_taken_stops_the_start(service: Service, workers: str) -> None:
     """Also when each worker has a listening socket of its own, which could share the port."""
