@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import boto3
+import botocore.loaders
 import botocore.session
 import certifi
 import prometheus_client
@@ -1651,8 +1652,10 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": os.devnull,  # botocore would look for models of services in .aws/models
         "NO_PROXY": "*",
     }
+    botocore.loaders.Loader.CUSTOMER_DATA_PATH = os.devnull
     for name in list(os.environ):
         if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
             del os.environ[name]

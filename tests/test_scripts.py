@@ -94,6 +94,7 @@ class LocalServer:
         self.temporary.mkdir(parents=True)
         self._output = folder / "output"
         own = {"PORT": str(self.port), "GUNICORN_WORKERS": "2", "TMPDIR": str(self.temporary)}
+        own |= leftovers(folder)
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, PROJECT / "app.py"],
@@ -124,6 +125,20 @@ class LocalServer:
     def printed_commands(self) -> list[str]:
         paragraphs = [paragraph.strip() for paragraph in self.output.split("\n\n")]
         return [paragraph for paragraph in paragraphs if paragraph.startswith("curl ")]
+
+
+def leftovers(folder: Path) -> dict[str, str]:
+    """What a developer's machine may hold, and a server with an embedded AWS must not heed."""
+    home = folder / "home"
+    models = home / ".aws" / "models" / "sqs" / "2012-11-05"
+    models.mkdir(parents=True)
+    (models / "service-2.json").write_text("no model")
+    for name in ("config", "credentials"):
+        (home / ".aws" / name).write_text("no configuration")
+    proxies = dict.fromkeys(("HTTP_PROXY", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
+    aws = {"AWS_PROFILE": "foreign", "AWS_CA_BUNDLE": "/nowhere", "AWS_USE_FIPS_ENDPOINT": "true"}
+    ignore = {"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true", "no_proxy": "example.org"}
+    return {"HOME": str(home), **proxies, **aws, **ignore}
 
 
 @contextmanager
