@@ -124,6 +124,7 @@ def test_client_shows_what_is_its_own_fault(
     assert fake.messages() == []
 
 
+@pytest.mark.slow
 def test_clients_outlast_a_queue_that_is_down(
     service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:
@@ -192,6 +193,7 @@ RECOVERS = [
 STAYS_DOWN = [(504, SOON, "<html><body>504 Gateway Time-out</body></html>")]
 
 
+@pytest.mark.slow
 def test_clients_send_the_same_again_five_times_at_most(tmp_path: Path) -> None:
     kinds = {"recovers": RECOVERS, "stays-down": STAYS_DOWN}
     ways = [(kind, language) for kind in kinds for language in INSTALLED]

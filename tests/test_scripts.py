@@ -175,8 +175,11 @@ def test_printed_commands_show_a_message_in_the_queue(service: LocalServer) -> N
 
 @pytest.mark.parametrize(
     ("signal_number", "whole_group"),
-    [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)],
-    ids=["ctrl-c", "terminated", "terminal-closed"],
+    [
+        pytest.param(signal.SIGINT, True, id="ctrl-c"),
+        pytest.param(signal.SIGTERM, False, id="terminated", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, id="terminal-closed", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_local_server_leaves_nothing_behind(
     tmp_path: Path, signal_number: signal.Signals, whole_group: bool
