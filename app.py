@@ -80,37 +80,40 @@ log = logging.getLogger("email_processor")
 # --- Settings -------------------------------------------------------------------------------------
 
 
-class SettingsError(ValueError):
-    """The environment is unusable. One line for each variable at fault."""
+class SettingsError(SystemExit):
+    """The environment is unusable: the start ends with a line for each variable at fault."""
 
 
-def _setting(rule: str, check: Callable[[str], Any], default: Any = MISSING) -> Any:
+def _setting(default: Any, rule: str, check: Callable[[str], Any]) -> Any:
+    """A field of Settings. `check` turns a variable's text into a value, or raises ValueError."""
     return field(default=default, metadata={"rule": rule, "check": check})
 
 
-def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+def _text(default: Any, rule: str, pattern: str) -> Any:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text, re.ASCII):
+            raise ValueError
+        return text
+
+    return _setting(default, rule, check)
+
+
+def _number(default: float, unit: str, low: int, high: int) -> Any:
+    kind = type(default)
+
     def check(text: str) -> float:
         # int() and float() alone would take 8_080, +80 and nan.
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
 
-    return check
-
-
-def _text(pattern: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if not re.fullmatch(pattern, text, re.ASCII):
-            raise ValueError
-        return text
-
-    return check
+    return _setting(default, f"a {unit} from {low} to {high}", check)
 
 
 def _parameter_names(text: str) -> tuple[str, ...]:
-    check = _text(r"[\w./:-]+")
-    names = tuple(dict.fromkeys(check(name.strip()) for name in text.split(",")))
-    if len(names) > 10:  # as many as GetParameters takes in one call
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    # GetParameters takes ten in one call.
+    if len(names) > 10 or not all(re.fullmatch(r"[\w./:-]+", name, re.ASCII) for name in names):
         raise ValueError
     return names
 
@@ -119,31 +122,23 @@ def _parameter_names(text: str) -> tuple[str, ...]:
 class Settings:
     """The service's configuration; the environment variable of a field is its name in capitals."""
 
-    sqs_queue_url: str = _setting("the queue's URL", _text(r"https?://[^/\s]+/\S+"))
-    aws_region: str = _setting(
-        "a region such as us-west-1", _text(r"[a-z]{2,}(-[a-z]+)+-[0-9]+"), "us-west-1"
+    sqs_queue_url: str = _text(MISSING, "the queue's URL", r"https?://[^/\s]+/\S+")
+    aws_region: str = _text(
+        "us-west-1", "a region such as us-west-1", r"[a-z]{2,}(-[a-z]+)+-[0-9]+"
     )
     token_ssm_parameter: tuple[str, ...] = _setting(
+        ("/email-service/api-token",),
         "1 to 10 parameter names, separated by commas",
         _parameter_names,
-        ("/email-service/api-token",),
     )
-    port: int = _setting("a port from 1 to 65535", _number(int, 1, 65535), 8080)
-    gunicorn_workers: int = _setting("a whole number from 1 to 64", _number(int, 1, 64), 4)
-    gunicorn_threads: int = _setting("a whole number from 1 to 256", _number(int, 1, 256), 2)
-    max_request_bytes: int = _setting(
-        "a number of bytes from 1 to 1073741824", _number(int, 1, 2**30), 2_097_152
-    )
-    body_timeout_seconds: float = _setting(
-        "a number of seconds from 1 to 60", _number(float, 1, 60), 5
-    )
-    sqs_calls_in_flight: int = _setting("a whole number from 1 to 64", _number(int, 1, 64), 8)
-    token_cache_seconds: float = _setting(
-        "a number of seconds from 1 to 3600", _number(float, 1, 3600), 60
-    )
-    log_level: str = _setting(
-        "DEBUG, INFO, WARNING or ERROR", _text("DEBUG|INFO|WARNING|ERROR"), "INFO"
-    )
+    port: int = _number(8080, "port", 1, 65535)
+    gunicorn_workers: int = _number(4, "whole number", 1, 64)
+    gunicorn_threads: int = _number(2, "whole number", 1, 256)
+    max_request_bytes: int = _number(2_097_152, "number of bytes", 1, 2**30)
+    body_timeout_seconds: float = _number(5.0, "number of seconds", 1, 60)
+    sqs_calls_in_flight: int = _number(8, "whole number", 1, 64)
+    token_cache_seconds: float = _number(60.0, "number of seconds", 1, 3600)
+    log_level: str = _text("INFO", "DEBUG, INFO, WARNING or ERROR", "DEBUG|INFO|WARNING|ERROR")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
@@ -242,9 +237,6 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
 
 
 # --- Metrics --------------------------------------------------------------------------------------
-
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # the metrics' files are made at once
-    os.makedirs(os.environ["PROMETHEUS_MULTIPROC_DIR"], exist_ok=True)
 
 # A call of SQS takes 5 to 30 ms; 3 and 5 s are the limits of a call, and of a message's wait.
 SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
@@ -559,6 +551,12 @@ def is_visible(character: str) -> bool:
     return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
 
 
+def visible_part(text: str) -> str:
+    """From the first visible character to the last."""
+    at = [index for index, character in enumerate(text) if is_visible(character)]
+    return text[at[0] : at[-1] + 1] if at else ""
+
+
 def validate_data(data: Any) -> None:
     """Check the four fields. Raises Refusal invalid_data or invalid_timestamp."""
     if not isinstance(data, dict):
@@ -600,11 +598,15 @@ def timestamp_rule(value: Any) -> str | None:
 
 # libcurl's options that pycurl has no name for.
 CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
-SSL_ERRORS = (
-    pycurl.E_SSL_CONNECT_ERROR,
-    pycurl.E_PEER_FAILED_VERIFICATION,
-    pycurl.E_SSL_CACERT_BADFILE,
-)
+# libcurl's errors as boto3 calls them; any other is a ConnectionClosedError.
+FAILURES: dict[int, type[BotoCoreError]] = {
+    pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
+    pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
+    pycurl.E_COULDNT_RESOLVE_PROXY: ProxyConnectionError,
+    pycurl.E_SSL_CONNECT_ERROR: SSLError,
+    pycurl.E_PEER_FAILED_VERIFICATION: SSLError,
+    pycurl.E_SSL_CACERT_BADFILE: SSLError,
+}
 
 # AWS's spellings of "too often", and of a request that came too slowly.
 _is_passing = re.compile(
@@ -851,16 +853,9 @@ class AwsClient:
 
     def _failure(self, error: pycurl.error, sent: bool) -> Exception:
         code, text = error.args[:2]
+        kind = FAILURES.get(code, ConnectionClosedError)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             kind = ReadTimeoutError if sent else ConnectTimeoutError
-        elif code in (pycurl.E_COULDNT_RESOLVE_HOST, pycurl.E_COULDNT_CONNECT):
-            kind = EndpointConnectionError
-        elif code == pycurl.E_COULDNT_RESOLVE_PROXY:
-            kind = ProxyConnectionError
-        elif code in SSL_ERRORS:
-            kind = SSLError
-        else:
-            kind = ConnectionClosedError
         failure: Exception = kind(endpoint_url=self.url, proxy_url="", error="")
         failure.args = (f"{failure} {text}",)
         return failure
@@ -967,26 +962,20 @@ class TokenStore:
         """A parameter's tokens. What its owner may not have meant is logged once, without them."""
         kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
         values = value.split(",") if kind == "StringList" else [value]
-        visible = [[n for n, character in enumerate(v) if is_visible(character)] for v in values]
-        tokens = [
-            v[at[0] : at[-1] + 1] if at else "" for v, at in zip(values, visible, strict=True)
-        ]
-        for problem, is_there in (
-            (
-                f"is a {kind}, which is not encrypted; make it a SecureString",
-                kind != "SecureString",
+        tokens = [visible_part(value) for value in values]
+        problems = {
+            f"is a {kind}, which is not encrypted; make it a SecureString": kind != "SecureString",
+            "has white space around its value, which is ignored": tokens != values,
+            "has quotes around its value, which are part of the token": any(
+                re.fullmatch(r"(['\"]).*\1", token) for token in tokens
             ),
-            ("has white space around its value, which is ignored", tokens != values),
-            (
-                "has quotes around its value, which are part of the token",
-                any(re.fullmatch(r"(['\"]).*\1", t) for t in tokens),
-            ),
-            ("has no token in it", not all(tokens)),
-        ):
-            warning = parameter.get("Name", ""), problem
-            if is_there and warning not in self._warned:
-                self._warned.add(warning)
-                log.warning(f"token parameter {problem}", extra={"parameters": [warning[0]]})
+            "has no token in it": not all(tokens),
+        }
+        name = parameter.get("Name", "")
+        for problem in [problem for problem, is_there in problems.items() if is_there]:
+            if (name, problem) not in self._warned:
+                self._warned.add((name, problem))
+                log.warning(f"token parameter {problem}", extra={"parameters": [name]})
         return [token for token in tokens if token]
 
 
@@ -1176,7 +1165,9 @@ class Publisher:
         self._failures = 0  # calls in a row
         self._answered_at = -math.inf
         self._open = False  # the circuit
-        self._opened_at = self._probe_at = 0.0
+        self._opened_at = 0.0
+        self._probe_at = 0.0  # when the next probe may start
+        self._probe_batch: list[Pending] | None = None  # the one under way
 
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
@@ -1215,7 +1206,7 @@ class Publisher:
             return False
         now = self._clock()
         if self._open:
-            return now >= self._probe_at
+            return self._probe_batch is None and now >= self._probe_at
         with_message = len(self._waiting) + self._in_flight
         return (
             not self._under_way
@@ -1243,7 +1234,8 @@ class Publisher:
                 self._under_way += 1
                 self._in_flight += len(batch)
                 self._started_at = now
-                self._probe_at = now + 1  # longer than a probe takes
+                if self._open:
+                    self._probe_batch = batch
             self._rouse_first()
             return batch
 
@@ -1263,13 +1255,16 @@ class Publisher:
         try:
             if batch[0].attempts:
                 self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
-            began, probing = self._clock(), self._open
-            results = self._call(batch, self._probe if probing else self._sqs)
+            began = self._clock()
+            results = self._call(batch, self._probe if self._open else self._sqs)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(batch))
-            again = self._settle(batch, results, began, probing)
+            again = self._settle(batch, results, began)
         finally:
             with self._lock:
+                if batch is self._probe_batch:
+                    self._probe_batch = None
+                    self._probe_at = self._clock() + self.PROBE_SECONDS
                 for pending in batch:
                     if pending not in again:  # it has its outcome, unless this thread is dying
                         self._end(pending, Refusal("queue_unavailable"))
@@ -1300,7 +1295,7 @@ class Publisher:
             return [error] * len(batch)
 
     def _settle(
-        self, batch: list[Pending], results: list[str | Exception], began: float, probing: bool
+        self, batch: list[Pending], results: list[str | Exception], began: float
     ) -> list[Pending]:
         """Give every message its outcome, except those that are to be sent again: these."""
         label = result_of(results)
@@ -1329,7 +1324,7 @@ class Publisher:
                     too_large = "must be shorter than" in cause
                     code = "message_too_large" if too_large else "queue_unavailable"
                     self._end(pending, Refusal(code))
-            self._note(label, began, probing, next(iter(failures), ("", False))[0])
+            self._note(label, began, next(iter(failures), ("", False))[0])
         for (cause, retried), ids in failures.items():
             level, text = (
                 (logging.WARNING, "; they are tried again") if retried else (logging.ERROR, "")
@@ -1343,7 +1338,7 @@ class Publisher:
             pending.outcome = outcome
             self._rouse(pending)
 
-    def _note(self, label: str, began: float, probing: bool, cause: str) -> None:
+    def _note(self, label: str, began: float, cause: str) -> None:
         """Open or close the circuit after a call that began then. Locked."""
         now = self._clock()
         if label not in ("timeout", "unavailable"):
@@ -1358,10 +1353,7 @@ class Publisher:
             return
         self._failures += 1
         silent = label == "timeout" and self._answered_at < began
-        if self._open:
-            if probing:  # an earlier call may end only now
-                self._probe_at = now + self.PROBE_SECONDS
-        elif silent or self._failures >= self.FAILURES:
+        if not self._open and (silent or self._failures >= self.FAILURES):
             self._open, self._opened_at, self._probe_at = True, now, now
             SQS_CIRCUITS_OPEN.set(1)
             log.error(
@@ -1632,10 +1624,10 @@ def create_app(
 EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # noqa: S105 - the documentation's; opens only the emulator
 
 
-def start_embedded_aws(settings: Settings) -> dict[str, str]:
+def start_embedded_aws(settings: Settings) -> Settings:
     """Start moto's server in a thread, with the queue and the example token.
 
-    Returns the environment variables that point a child process at it.
+    Sets the environment variables that lead there, and returns the settings with its queue.
     """
     from moto.server import ThreadedMotoServer
 
@@ -1643,12 +1635,15 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    aws = {
+    # Nothing of a developer's own configuration may lead past the emulator.
+    for name in list(os.environ):
+        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
+            del os.environ[name]
+    os.environ |= {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_REGION": settings.aws_region,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
-        # Nothing of a developer's own configuration may lead past the emulator.
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -1656,10 +1651,6 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         "NO_PROXY": "*",
     }
     botocore.loaders.Loader.CUSTOMER_DATA_PATH = os.devnull
-    for name in list(os.environ):
-        if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
-            del os.environ[name]
-    os.environ.update(aws)
     session = boto3.Session(region_name=settings.aws_region)
     session.client("ssm").put_parameter(
         Name=settings.token_ssm_parameter[0],
@@ -1668,7 +1659,8 @@ def start_embedded_aws(settings: Settings) -> dict[str, str]:
         Overwrite=True,
     )
     queue = session.client("sqs").create_queue(QueueName="dev-CP-queue")
-    return {**aws, "SQS_QUEUE_URL": queue["QueueUrl"]}
+    os.environ["SQS_QUEUE_URL"] = queue["QueueUrl"]
+    return Settings.from_environ(os.environ)
 
 
 def explain_embedded_aws(settings: Settings) -> str:
@@ -1714,63 +1706,53 @@ def serve_without_gunicorn(settings: Settings) -> None:
         server.serve_forever()
 
 
+def serve_beside_embedded_aws(settings: Settings) -> None:
+    """Run Gunicorn in a child process, until it or this process is stopped."""
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    # In a session of its own: a closing terminal's SIGHUP would make Gunicorn start anew.
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, start_new_session=True
+    )
+    explained = False
+    while server.poll() is None and not stopped:
+        if not explained:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)):
+                print(explain_embedded_aws(settings), flush=True)
+                explained = True
+        time.sleep(0.1)
+    server.terminate()
+    sys.exit(server.wait())
+
+
 def main() -> None:
     """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset.
 
     Gunicorn needs POSIX. Elsewhere Flask's own server takes its place.
     """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
-    try:
-        settings = Settings.from_environ(
-            {**os.environ, "SQS_QUEUE_URL": "http://embedded/queue"} if embedded else os.environ
-        )
-    except SettingsError as error:
-        sys.exit(str(error))
+    if embedded:
+        os.environ["SQS_QUEUE_URL"] = "http://embedded/queue"  # until it is made
+    settings = Settings.from_environ(os.environ)
     try:
         listen(settings.port).close()
     except OSError as error:
         sys.exit(f"Port {settings.port}: {error.strerror}. Choose another, such as PORT=8081.")
-    posix = find_spec("fcntl") is not None
-    if posix and not embedded:
-        os.chdir(PROJECT)
-        os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
     if embedded:
         try:
-            os.environ.update(start_embedded_aws(settings))
+            settings = start_embedded_aws(settings)
         except ImportError:
             sys.exit("SQS_QUEUE_URL is required: the embedded AWS needs requirements-dev.txt.")
-        settings = Settings.from_environ(os.environ)
-    if not posix:
+    if find_spec("fcntl") is None:
         if embedded:
             print(explain_embedded_aws(settings), flush=True)
         serve_without_gunicorn(settings)
-        return
-
-    def stop(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    stop_signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for stop_signal in stop_signals:
-        signal.signal(stop_signal, stop)
-    # In a session of its own: a closing terminal's SIGHUP would make Gunicorn start anew.
-    server = subprocess.Popen(
-        [sys.executable, "-m", "gunicorn"], cwd=PROJECT, start_new_session=True
-    )
-    try:
-        while server.poll() is None:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)):
-                print(explain_embedded_aws(settings), flush=True)
-                break
-            time.sleep(0.1)
-        # Polled: a signal that another thread takes does not wake a wait without a time-out.
-        while server.poll() is None:
-            time.sleep(0.1)
-    except KeyboardInterrupt:
-        for stop_signal in stop_signals:
-            signal.signal(stop_signal, signal.SIG_IGN)  # one is enough
-        server.terminate()
-        server.wait()
-    sys.exit(server.returncode)
+    elif embedded:
+        serve_beside_embedded_aws(settings)
+    else:
+        os.chdir(PROJECT)
+        os.execv(sys.executable, [sys.executable, "-m", "gunicorn"])  # noqa: S606
 
 
 if __name__ == "__main__":

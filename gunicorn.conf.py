@@ -54,11 +54,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 import app
 
-try:
-    settings = app.Settings.from_environ(os.environ)
-    app.AwsClient("sqs", settings.aws_region, app.Credentials())  # to see AWS's own settings, too
-except app.SettingsError as error:
-    sys.exit(str(error))
+settings = app.Settings.from_environ(os.environ)
 
 # Many systems give a process 1,024 files until it asks for more.
 hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -26,7 +26,9 @@ def settings(old: str) -> list[tuple[str, ...]]:
         name, default = setting.name.upper(), setting.default
         if isinstance(default, tuple):
             default = ",".join(default)
-        shown = "required" if default is dataclasses.MISSING else f"`{default}`"
+        shown = (
+            "required" if default is dataclasses.MISSING else f"`{str(default).removesuffix('.0')}`"
+        )
         rows.append((f"`{name}`", shown, setting.metadata["rule"], meanings.get(name, "")))
     return rows
 
