@@ -175,10 +175,6 @@ class ClientRequest(Request):  # type: ignore[misc]
         return self.unreader.sock.ended or self.body.failed or super().should_close()
 
 
-class ClientParser(RequestParser):  # type: ignore[misc]
-    mesg_class = ClientRequest
-
-
 class Worker(ThreadWorker):  # type: ignore[misc]
     """Gunicorn's threaded worker, whose threads get requests when their heads are here.
 
@@ -219,7 +215,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
         socket.socket.setblocking(client, False)
         conn = TConn(self.cfg, client, address, listener.getsockname())
-        conn.parser, conn.data_ready = ClientParser(self.cfg, client, address), True
+        conn.parser, conn.data_ready = RequestParser(self.cfg, client, address), True
+        conn.parser.mesg_class = ClientRequest
         self.nr_conns += 1
         self.await_head(conn)
         return True
