@@ -31,15 +31,11 @@ TOOLS = {
     "javascript": ("node", "node", "mjs"),
 }
 INSTALLED = [language for language, (tool, *_) in TOOLS.items() if shutil.which(tool)]
-
-
-def needs(language: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        language not in INSTALLED, reason=f"{TOOLS[language][0]} is not installed"
-    )
-
-
-LANGUAGES = [pytest.param(language, marks=needs(language)) for language in TOOLS]
+NEEDS = {
+    language: pytest.mark.skipif(language not in INSTALLED, reason=f"{tool} is not installed")
+    for language, (tool, *_) in TOOLS.items()
+}
+LANGUAGES = [pytest.param(language, marks=mark) for language, mark in NEEDS.items()]
 
 
 def start(language: str, code: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
@@ -86,7 +82,7 @@ def requests_with(service: Service, outcome: str) -> int:
     return int(found[1])
 
 
-@needs("bash")
+@NEEDS["bash"]
 def test_first_command_queues_the_message_that_it_shows(
     service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:

@@ -115,6 +115,13 @@ def test_every_error_that_aws_documents_leads_to_a_row() -> None:
     assert [cause for cause in documented() if row_of(cause) is None] == []
 
 
+NO_TOKEN_FILE = {
+    "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/email-processor-role",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere",
+    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ""),
+}
+
+
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
@@ -130,7 +137,7 @@ def test_every_error_that_aws_documents_leads_to_a_row() -> None:
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
         ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "Could not resolve"),
         ({"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}, "proxy"),
-        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere"}, "Errno"),
+        (NO_TOKEN_FILE, "Errno"),
     ],
     ids=str,
 )
@@ -141,17 +148,11 @@ def test_cause_of_the_log_leads_to_its_row(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name, value in fake.environment().items():
+    variables = {} if "kind" in fault else fault
+    for name, value in {**fake.environment(), **variables}.items():
         monkeypatch.setenv(name, value)
     if "kind" in fault:
         fake.set(faults={"SQS": fault})
-    elif "AWS_WEB_IDENTITY_TOKEN_FILE" in fault:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/email-processor-role")
-    for name, value in fault.items():
-        if name.isupper():
-            monkeypatch.setenv(name, value)
     settings = app.Settings(sqs_queue_url=fake.queue_url)
     app.create_app(settings).test_client().get("/ready")
     (line,) = [vars(record) for record in caplog.records if record.message == "queue not seen"]
