@@ -817,18 +817,6 @@ def test_environment_is_made_and_deleted_but_for_its_queue(world: World) -> None
     assert world.token()["Value"] == "production's"
 
 
-@slow
-def test_deployment_by_hand_is_the_same(world: World, checkout: Path) -> None:
-    guide = SETUP.split("## Deploy by hand")[1]
-    commands = guide.split("```bash\n")[1].split("```")[0]
-    result = world.execute("bash", "-euo", "pipefail", "-c", commands, cwd=checkout)
-    assert result.returncode == 0, result
-    assert result.stdout.endswith(world.hostname)
-    assert re.fullmatch(r"[A-Za-z0-9+/]{43}=", world.token()["Value"])
-    (by_hand,) = world.applied()
-    assert container(by_hand)["image"].startswith(f"{REGISTRY}/email-processor@sha256:")
-
-
 @pytest.mark.slow
 def test_undoing_a_change_by_hand_keeps_every_parameter(world: World) -> None:
     """The emulator knows no drift, so that the command checks its arguments, and no more."""

@@ -24,29 +24,26 @@ def code_blocks(text: str) -> dict[str, str]:
 
 
 CLIENTS = code_blocks(page("clients"))
-TOOLS = {"bash": "curl", "python": sys.executable, "javascript": "node"}
-INSTALLED = [language for language, tool in TOOLS.items() if shutil.which(tool)]
-
-
-def needs(language: str) -> pytest.MarkDecorator:
-    tool = TOOLS[language]
-    return pytest.mark.skipif(language not in INSTALLED, reason=f"{tool} is not installed")
-
-
-LANGUAGES = [pytest.param(language, marks=needs(language)) for language in TOOLS]
+# What has to be installed, and what runs a file with which suffix.
+TOOLS = {
+    "bash": ("curl", "bash", "sh"),
+    "python": (sys.executable, sys.executable, "py"),
+    "javascript": ("node", "node", "mjs"),
+}
+INSTALLED = [language for language, (tool, *_) in TOOLS.items() if shutil.which(tool)]
+NEEDS = {
+    language: pytest.mark.skipif(language not in INSTALLED, reason=f"{tool} is not installed")
+    for language, (tool, *_) in TOOLS.items()
+}
+LANGUAGES = [pytest.param(language, marks=mark) for language, mark in NEEDS.items()]
 
 
 def start(language: str, code: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
-    program, suffix = {
-        "bash": ("bash", "sh"),
-        "python": (sys.executable, "py"),
-        "javascript": ("node", "mjs"),
-    }[language]
+    _, program, suffix = TOOLS[language]
     folder.mkdir(parents=True)
-    file = folder / f"client.{suffix}"
-    file.write_text(code, "utf-8")
+    (folder / f"client.{suffix}").write_text(code, "utf-8")
     return subprocess.Popen(
-        [program, file.name],
+        [program, f"client.{suffix}"],
         cwd=folder,
         env=environment(**variables),
         stdout=subprocess.PIPE,
@@ -85,7 +82,7 @@ def requests_with(service: Service, outcome: str) -> int:
     return int(found[1])
 
 
-@needs("bash")
+@NEEDS["bash"]
 def test_first_command_queues_the_message_that_it_shows(
     service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import re
 import shutil
 import subprocess
@@ -117,6 +115,13 @@ def test_every_error_that_aws_documents_leads_to_a_row() -> None:
     assert [cause for cause in documented() if row_of(cause) is None] == []
 
 
+NO_TOKEN_FILE = {
+    "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/email-processor-role",
+    "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere",
+    **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), ""),
+}
+
+
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
@@ -132,7 +137,7 @@ def test_every_error_that_aws_documents_leads_to_a_row() -> None:
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
         ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "Could not resolve"),
         ({"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}, "proxy"),
-        ({"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere"}, "Errno"),
+        (NO_TOKEN_FILE, "Errno"),
     ],
     ids=str,
 )
@@ -143,17 +148,11 @@ def test_cause_of_the_log_leads_to_its_row(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name, value in fake.environment().items():
+    variables = {} if "kind" in fault else fault
+    for name, value in {**fake.environment(), **variables}.items():
         monkeypatch.setenv(name, value)
     if "kind" in fault:
         fake.set(faults={"SQS": fault})
-    elif "AWS_WEB_IDENTITY_TOKEN_FILE" in fault:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/email-processor-role")
-    for name, value in fault.items():
-        if name.isupper():
-            monkeypatch.setenv(name, value)
     settings = app.Settings(sqs_queue_url=fake.queue_url)
     app.create_app(settings).test_client().get("/ready")
     (line,) = [vars(record) for record in caplog.records if record.message == "queue not seen"]
@@ -163,34 +162,53 @@ def test_cause_of_the_log_leads_to_its_row(
 # --- Commands -------------------------------------------------------------------------------------
 
 
+needs_aws = pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
+
+
+def run(commands: str, **variables: str) -> None:
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        env=environment(NO_PROXY="127.0.0.1", **variables),
+        capture_output=True,
+        text=True,
+        input="the clients' token\n",
+    )
+    assert result.returncode == 0, result
+
+
 @pytest.mark.slow  # the AWS command line is started for each
-@pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI is not installed")
+@needs_aws
 def test_commands_of_aws_run(emulator: str) -> None:
-    variables = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "test")
-    aws = functools.partial(boto3.client, region_name="us-west-1", endpoint_url=emulator)
-    keys = {name.lower(): value for name, value in variables.items()}
-    sqs, ssm = aws("sqs", **keys), aws("ssm", **keys)
-    dead = sqs.create_queue(QueueName="dev-CP-queue-dlq")["QueueUrl"]
-    arn = sqs.get_queue_attributes(QueueUrl=dead, AttributeNames=["QueueArn"])["Attributes"]
-    redrive = json.dumps({"deadLetterTargetArn": arn["QueueArn"], "maxReceiveCount": 5})
-    sqs.create_queue(QueueName="dev-CP-queue", Attributes={"RedrivePolicy": redrive})
-    ssm.put_parameter(Name="/email-service/api-token", Value="old", Type="SecureString")
+    keys = dict.fromkeys(("aws_access_key_id", "aws_secret_access_key"), "test")
+    sqs, ssm = (
+        boto3.client(name, region_name="us-west-1", endpoint_url=emulator, **keys)
+        for name in ("sqs", "ssm")
+    )
+    for queue in ("dev-CP-queue-dlq", "dev-CP-queue"):
+        sqs.create_queue(QueueName=queue)
     blocks = re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
-    commands = [block for block in blocks if "aws " in block and "kubectl" not in block]
-    assert len(commands) >= 5
+    blocks[0] = blocks[0].split("\n\n")[0]
+    commands = re.sub(r"^\./deploy\.sh .*", "", "\n".join(blocks), flags=re.MULTILINE)
     # Version 1 of the command ignores AWS_ENDPOINT_URL for SQS. What the emulator does not have is
     # checked by the command alone, arguments and all.
-    script = """aws() { case "$*" in
-      *message-move-task*) command aws "$@" --generate-cli-skeleton output ;;
+    stand_ins = """kubectl() { echo registry/email-processor@sha256:0; }
+    aws() { case "$1 $2" in
+      eks*) ;;
+      ecr* | *message-move-task*) command aws "$@" --generate-cli-skeleton output ;;
       *) command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@" ;;
     esac; }
     """
-    for block in commands:
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script + block],
-            env=environment(AWS_ENDPOINT_URL=emulator, NO_PROXY="127.0.0.1", **variables),
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, (block, result.stderr)
-    assert ssm.get_parameter(Name="/email-service/api-token-2")["Parameter"]["Value"]
+    run(stand_ins + commands, AWS_ENDPOINT_URL=emulator)
+    (token,) = ssm.describe_parameters()["Parameters"]
+    assert token["Name"] == "/email-service/api-token-2"
+
+
+@pytest.mark.slow
+@needs_aws
+def test_commands_of_aws_in_the_text_have_right_arguments() -> None:
+    commands = re.findall("`(aws [^`]+)`", page("setup") + RUNBOOK)
+    assert len(commands) >= 5
+    checked = (
+        'queue_url() { echo url; }\naws() { command aws "$@" --generate-cli-skeleton output; }\n'
+    )
+    run(checked + "\n".join(commands), AWS_REGION="us-west-1", AWS_DEFAULT_REGION="us-west-1")

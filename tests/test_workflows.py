@@ -5,7 +5,6 @@ What zizmor and actionlint know of workflows (pins, permissions, secrets, inject
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -40,7 +39,7 @@ def run_step(name: str, before: str = "", **how: Any) -> subprocess.CompletedPro
     "command",
     [
         pytest.param(
-            "cfn-lint --include-checks I --regions us-west-1 --template infra/email-processor.yaml",
+            "cfn-lint --include-checks I --regions us-west-1 --template infra/*.yaml",
             marks=pytest.mark.slow,
         ),
         "check-jsonschema -q --builtin-schema github-workflows .github/workflows/*",
@@ -185,7 +184,7 @@ def test_guide_lists_every_variable_of_a_deployment() -> None:
     assert set(re.findall(r"^\| `(\w+)` \|", pipeline_section(), re.M)) == used
 
 
-def test_role_of_the_guide_may_do_what_deploy_sh_asks() -> None:
+def test_role_of_the_pipeline_may_do_what_deploy_sh_asks() -> None:
     script = (PROJECT / "deploy.sh").read_text("utf-8").split("\ndelete_all() {")[0]
     calls = set(re.findall(r"\baws ([a-z0-9]+) ([a-z-]+)", script))
     calls |= {("sqs", call) for call in re.findall(r"^\s+sqs ([a-z-]+)", script, re.M)}
@@ -207,10 +206,7 @@ def test_role_of_the_guide_may_do_what_deploy_sh_asks() -> None:
         )
         for service, call in calls
     } - {""}
-    text = pipeline_section().split("--policy-document '")[1].split("}'\n")[0] + "}"
-    granted: list[str] = []
-    for statement in json.loads(re.sub(r"'\"([^\"]*)\"'", r"\1", text))["Statement"]:
-        action = statement["Action"]
-        granted += [action] if isinstance(action, str) else action
+    role = (PROJECT / "infra" / "github-role.yaml").read_text("utf-8")
+    granted = re.findall(r"\b[a-z0-9]+:[A-Z*][A-Za-z*]*", role)
     assert len(needed) >= 10
     assert [each for each in sorted(needed) if not any(fnmatch(each, a) for a in granted)] == []
