@@ -39,7 +39,8 @@ def run_step(name: str, before: str = "", **how: Any) -> subprocess.CompletedPro
     "command",
     [
         pytest.param(
-            "cfn-lint --include-checks I --regions us-west-1 --template infra/email-processor.yaml .github/deploy-role.yaml",
+            "cfn-lint --include-checks I --regions us-west-1 --template infra/email-processor.yaml"
+            " .github/deploy-role.yaml",
             marks=pytest.mark.slow,
         ),
         "check-jsonschema -q --builtin-schema github-workflows .github/workflows/*",
