@@ -33,7 +33,7 @@ from unittest.mock import Mock
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from moto import mock_aws
 from werkzeug.test import TestResponse
 
@@ -123,7 +123,6 @@ def client_error(code: str, status: int = 400) -> ClientError:
 DOWN = EndpointConnectionError(endpoint_url="https://aws.invalid")
 DENIED = client_error("AccessDeniedException")
 NO_CODE = ClientError({}, "Operation")
-OUTAGES = [DOWN, DENIED, NO_CODE, ValueError("an answer that no parser takes")]
 NO_PARAMETER = {"Parameters": [], "InvalidParameters": [PARAMETER]}
 
 
@@ -384,7 +383,7 @@ def test_docs_page_needs_no_other_host(service: Service) -> None:
     assert kinds == ["text/css", "text/javascript"]
 
 
-@pytest.mark.parametrize("path", [*GET_PATHS, "/docs/swagger-ui.css"])
+@pytest.mark.parametrize("path", ["/health", "/docs/swagger-ui.css"])
 def test_head_answers_as_get_does(service: Service, path: str) -> None:
     get, head = service.get(path), service.ask("HEAD", path)
     assert (head.status_code, head.data) == (get.status_code, b"") == (200, b"")
@@ -435,7 +434,7 @@ def test_requests_in_flight_have_no_answer_yet(service: Service) -> None:
     [
         ({"MessageId": "m"}, "success"),
         (DOWN, "unavailable"),
-        (client_error("ThrottlingException"), "unavailable"),
+        (ReadTimeoutError(endpoint_url="https://aws.invalid"), "timeout"),
         (client_error("AccessDenied", 403), "refused"),
     ],
 )
@@ -476,7 +475,7 @@ def test_request_id_of_the_caller_is_kept(service: Service, offered: str) -> Non
         assert response.headers.getlist("X-Request-Id") == [offered]
 
 
-@pytest.mark.parametrize("offered", ["", "x" * 129, "a b", "a\u00b2", "<script>", "a\x00"])
+@pytest.mark.parametrize("offered", ["", "x" * 129, "a b", "a\u00b2"])
 def test_malformed_request_id_is_replaced(service: Service, offered: str) -> None:
     headers = {"X-Request-Id": offered}
     ids = {service.get("/", headers=headers).headers["X-Request-Id"] for _ in range(3)}
@@ -487,11 +486,8 @@ def test_malformed_request_id_is_replaced(service: Service, offered: str) -> Non
 # --- Rule 1: paths and methods --------------------------------------------------------------------
 
 
-UNKNOWN_PATHS = ["", "/process/", "/Process", "/docs/../app.py", "/docs//swagger-ui.css", "/\xff"]
-UNKNOWN_PATHS += ["//process", "//"]  # and no redirect to /process
-
-
-@pytest.mark.parametrize("path", UNKNOWN_PATHS)
+# And no redirect to a known one.
+@pytest.mark.parametrize("path", ["", "/process/", "/docs//swagger-ui.css", "/\xff", "//process"])
 def test_unknown_path_is_404(service: Service, path: str) -> None:
     # As Gunicorn hands it on: the client would take the first part of //process for a host.
     for method in ("GET", "POST", "OPTIONS"):
@@ -500,18 +496,20 @@ def test_unknown_path_is_404(service: Service, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "method"),
+    ("method", "path", "allowed"),
     [
-        *(("/process", method) for method in ("GET", "OPTIONS", "X")),
-        *(("/", method) for method in ("POST", "OPTIONS", "DELETE")),
-        ("/docs/swagger-ui.css", "POST"),
+        ("GET", "/process", "POST"),
+        ("OPTIONS", "/process", "POST"),
+        ("POST", "/", "GET, HEAD"),
+        ("X", "/docs/swagger-ui.css", "GET, HEAD"),
     ],
 )
-def test_wrong_method_is_405_with_allow(service: Service, path: str, method: str) -> None:
+def test_wrong_method_is_405_with_allow(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
     response = service.ask(method, path)
     refusal(response, "method_not_allowed")
-    allowed = {"POST"} if path == "/process" else {"GET", "HEAD"}
-    assert set(response.headers["Allow"].split(", ")) == allowed
+    assert response.headers["Allow"] == allowed
 
 
 def test_head_of_process_is_405_without_a_body(service: Service) -> None:
@@ -556,9 +554,7 @@ def test_unwanted_body_is_read_to_its_end(path: str, code: str, declared: bool) 
 RESET = Mock(read=Mock(side_effect=ConnectionResetError))
 
 
-@pytest.mark.parametrize(
-    "stream", [io.BytesIO(), io.BytesIO(BODY), RESET], ids=["nothing", "a whole document", "reset"]
-)
+@pytest.mark.parametrize("stream", [io.BytesIO(BODY), RESET], ids=["a whole document", "reset"])
 def test_body_shorter_than_its_length_is_400(service: Service, stream: Any) -> None:
     refusal(service.post_stream(stream, len(BODY) + 1), "invalid_json")
     assert not service.sqs.messages
@@ -583,32 +579,29 @@ def test_json_content_type_is_200(service: Service, given: str) -> None:
     assert service.post(content_type=given).status_code == 200
 
 
-@pytest.mark.parametrize("given", [None, "text/plain", "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize("given", [None, "text/plain"])
 def test_other_content_type_is_415(service: Service, given: str | None) -> None:
     service.refuses("unsupported_media_type", content_type=given)
 
 
 NOT_JSON_OBJECTS = [
-    *(b"", b"null", b"[]", b"{", b"{}{}", b'{"a": 1,}', b'{"a": 01}', b'{"a": "\x01"}'),
-    *(b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xe9"}', b'{"a": "\xed\xa0\x80"}'),
-    *(BODY.decode().encode(coding) for coding in ("utf-16", "utf-16-le")),
+    *(b"", b"null", b"[]", b"{", b"{}{}", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xe9"}'),
+    *(BODY.decode().encode("utf-16"), b"\xef\xbb\xbf" * 2 + BODY),
     *(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000),
 ]
 
 
-@pytest.mark.parametrize("coding", ["", "identity", "Identity", "identity, identity"])
+@pytest.mark.parametrize("coding", ["", "Identity, identity"])
 def test_body_that_is_not_compressed_is_200(service: Service, coding: str) -> None:
     assert service.post(headers={"Content-Encoding": coding}).status_code == 200
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-gzip, identity", "aws-chunked"])
-def test_content_encoding_is_415_that_names_it(
-    service: Service, coding: str, compressed: bool
-) -> None:
-    body = gzip.compress(BODY) if compressed else BODY
-    answer = service.refuses("unsupported_media_type", body, headers={"Content-Encoding": coding})
-    assert "Content-Encoding" in answer["message"]
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip, identity"])
+def test_content_encoding_is_415_that_names_it(service: Service, coding: str) -> None:
+    headers = {"Content-Encoding": coding}
+    for body in (BODY, gzip.compress(BODY)):
+        answer = service.refuses("unsupported_media_type", body, headers=headers)
+        assert "Content-Encoding" in answer["message"]
 
 
 def test_compressing_transfer_encoding_is_415(service: Service) -> None:
@@ -621,10 +614,6 @@ def test_byte_order_mark_is_ignored(service: Service) -> None:
     assert service.post(b"\xef\xbb\xbf" + BODY).status_code == 200
     assert json.loads(service.sqs.messages[0]["MessageBody"]) == DATA
     assert service.sqs.messages[0]["MessageBody"].startswith("{")
-
-
-def test_second_byte_order_mark_is_400(service: Service) -> None:
-    service.refuses("invalid_json", b"\xef\xbb\xbf" * 2 + BODY)
 
 
 @pytest.mark.parametrize("body", NOT_JSON_OBJECTS, ids=lambda body: repr(body[:20]))
@@ -643,24 +632,15 @@ def test_json_nested_deeper_than_100_levels_is_400(service: Service, level: str)
     assert service.post(nested(100)).status_code == 200
 
 
-def test_many_brackets_that_are_not_deep_are_200(service: Service) -> None:
-    data = {**DATA, "text": "[{" * 500, "wide": [[], {}] * 500}
-    assert service.post(envelope(data)).status_code == 200
-
-
 # --- Rules 6 to 8: the token ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [b"{}", b'{"token": null}', b'{"token": ""}', b'{"Token": "x"}'])
+@pytest.mark.parametrize("body", [b"{}", b'{"token": null}', b'{"token": ""}'])
 def test_request_without_a_token_is_401(service: Service, body: bytes) -> None:
     assert "token" in service.refuses("token_required", body)["message"]
 
 
-WRONG_TOKENS = [
-    *(TOKEN + " ", TOKEN[:-1], TOKEN.lower(), " ", "x" * 100_000),
-    *("\x00", "\ud800", TOKEN + "\udfff", "\u0442\u043e\u045c\u0435\u043d"),
-    *(0, True, [TOKEN], {"token": TOKEN}),
-]
+WRONG_TOKENS = [TOKEN + " ", "x" * 100_000, "\ud800", "\u0442\u043e\u045c\u0435\u043d", 0, [TOKEN]]
 
 
 @pytest.mark.parametrize(
@@ -689,9 +669,7 @@ def test_any_token_that_ssm_holds_is_200(token: str) -> None:
     assert service.post(envelope(token=token)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "answer", [*OUTAGES, NO_PARAMETER, {}, {"Parameters": "x"}, {"Parameters": [5]}, []]
-)
+@pytest.mark.parametrize("answer", [DOWN, NO_CODE, NO_PARAMETER, {}, {"Parameters": [5]}])
 def test_token_that_could_never_be_read_is_503(answer: Any) -> None:
     service = Service(Ssm(answer))
     for token in (TOKEN, "wrong"):
@@ -702,7 +680,7 @@ def test_token_that_could_never_be_read_is_503(answer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [{}, DATA, *({"data": value} for value in (None, [DATA], "", 0, json.dumps(DATA)))]
+    "data", [{}, DATA, *({"data": value} for value in (None, [DATA], json.dumps(DATA)))]
 )
 def test_data_that_is_no_object_is_400(service: Service, data: dict[str, Any]) -> None:
     body = json.dumps({"token": TOKEN, **data}).encode()
@@ -711,12 +689,16 @@ def test_data_that_is_no_object_is_400(service: Service, data: dict[str, Any]) -
 
 ABSENT = object()
 BAD_FIELDS = [
-    *((field, ABSENT) for field in DATA),
-    *((field, "") for field in DATA),
+    ("email_subject", ABSENT),
+    ("email_timestream", ABSENT),
+    ("email_sender", None),
+    ("email_sender", ""),
+    ("email_timestream", ""),
     ("email_content", "\t\r\n \u00a0\u2003\u3000"),
-    *(("email_subject", value) for value in ("\u200b", "\ufeff", " \u2060\x00\u202e\x85 ")),
+    ("email_subject", " \u2060\x00\u202e\x85 \u200b\ufeff"),
     ("email_content", "\u200d" * 300_000),
-    *(("email_sender", value) for value in (None, 0, True, ["a"], {})),
+    ("email_sender", 0),
+    ("email_sender", ["a"]),
 ]
 
 
@@ -743,20 +725,22 @@ def with_timestamp(text: str) -> bytes:
     return with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
 
 
-@pytest.mark.parametrize(
-    "text", ['"946684800"', '"4102444800"', "946684800", "4102444800", '"00946684800"']
-)
+@pytest.mark.parametrize("text", ['"946684800"', '"4102444800"', "946684800", '"00946684800"'])
 def test_timestamp_from_2000_to_2100_is_200(service: Service, text: str) -> None:
     assert service.post(with_timestamp(text)).status_code == 200
 
 
 BAD_TIMESTAMPS = [
-    *('"946684799"', '"4102444801"', '"-1693561101"', f'"{"1" * 5000}"'),
-    *("946684799", "4102444801", "-1693561101", "1" * 5000, "-" + "1" * 5000, "1e400"),
-    *('"1_693_561_101"', r'" 169\n"', '" 1693561101"', r'"1693561101\n"', r'"1693561101\u0000"'),
-    *('"+169"', '"1e9"', "1e9", '"1693561101.0"', "1693561101.0", '"2023-09-01T09:38:21Z"'),
-    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', '"169356110\u00b9"'),
-    *("true", "[1693561101]", "{}"),
+    *(
+        '"946684799"',
+        "4102444801",
+        '"-1693561101"',
+        f'"{"1" * 5000}"',
+        "1" * 5000,
+        "-" + "1" * 5000,
+    ),
+    *('"1_693_561_101"', r'" 169\n"', r'"1693561101\n"', '"+169"', '"1e9"', "1e9", "1693561101.0"),
+    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', "true", "[1693561101]"),
 ]
 
 
@@ -827,15 +811,6 @@ def test_message_one_byte_over_the_limit_is_413(content: str, key: str) -> None:
     assert str(size - 1) in message
 
 
-@pytest.mark.parametrize("limit", [1024, 1_048_576])
-def test_limit_is_the_queues_own(aws: SimpleNamespace, limit: int) -> None:
-    queue = Queue(aws, MaximumMessageSize=str(limit))
-    for size, status in ((limit - 500, 200), (limit, 413)):
-        data = {**DATA, "email_content": "x" * (size - len(json.dumps(DATA)))}
-        assert queue.service.post(envelope(data)).status_code == status
-    assert queue.only_message()
-
-
 def test_limit_is_asked_for_once(service: Service) -> None:
     for _ in range(3):
         service.post()
@@ -852,34 +827,19 @@ def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
 # --- Rule 13: the queue ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", OUTAGES)
-@pytest.mark.parametrize("operation", ["sent", "attributes"])
-def test_queue_that_fails_is_503_until_it_answers(operation: str, error: Exception) -> None:
-    service = Service(sqs=Sqs(**{operation: error}))
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [
+        *(("sent", answer) for answer in (DOWN, NO_CODE, {}, {"MessageId": None}, [])),
+        *(("attributes", answer) for answer in (DENIED, {}, {"Attributes": "x"}, maximum("x"))),
+    ],
+)
+def test_queue_that_fails_is_503_until_it_answers(operation: str, answer: Any) -> None:
+    service = Service(sqs=Sqs(**{operation: answer}))
     assert "as AWS puts it" not in service.refuses("queue_unavailable")["message"]
     service.clock.now += 1
     service.sqs.sent, service.sqs.attributes = {"MessageId": "later"}, maximum("1024")
     assert service.post().get_json()["message_id"] == "later"
-
-
-@pytest.mark.parametrize(
-    ("operation", "answer"),
-    [
-        *(("sent", answer) for answer in ({}, {"MessageId": ""}, {"MessageId": None}, [])),
-        *(
-            ("attributes", answer)
-            for answer in ({}, {"Attributes": "x"}, maximum("x"), maximum([]))
-        ),
-    ],
-)
-def test_garbled_answer_of_sqs_is_503(operation: str, answer: Any) -> None:
-    Service(sqs=Sqs(**{operation: answer})).refuses("queue_unavailable")
-
-
-def test_queue_that_does_not_exist_is_503(aws: SimpleNamespace) -> None:
-    service = Service(sqs=aws.sqs)
-    refusal(service.post(), "queue_unavailable")
-    refusal(service.get("/ready"), "queue_unavailable")
 
 
 # --- Rule 14: the unforeseen ----------------------------------------------------------------------
@@ -967,12 +927,10 @@ def test_token_of_each_parameter_is_accepted() -> None:
 STORED = [
     ("SecureString", "s3 cr3t\n", ["s3 cr3t"], "white space"),
     ("SecureString", "\ufeffs3cr3t \r\n", ["s3cr3t"], "white space"),
-    ("SecureString", "'s3cr3t'", ["'s3cr3t'"], "quotes"),
-    ("SecureString", '"s3cr3t"\n', ['"s3cr3t"'], "quotes"),
+    ("SecureString", "'s3cr3t'\n", ["'s3cr3t'"], "quotes"),
     ("SecureString", " \n", [], "no token"),
     ("String", "s3cr3t", ["s3cr3t"], "not encrypted"),
-    ("StringList", "a,b", ["a", "b"], "not encrypted"),
-    ("StringList", "a, b\n", ["a", "b"], "white space"),
+    ("StringList", "a, b\n", ["a", "b"], "not encrypted"),
 ]
 
 
@@ -985,17 +943,16 @@ def test_stored_value_counts_as_it_was_meant(
     answer = {"Parameters": [parameter, good], "InvalidParameters": []}
     service = Service(Ssm(answer), token_ssm_parameter=("/a/name", "/b"))
     lines = log_at("INFO")
-    assert [token for token in [*tokens, "good"] if not service.accepts(token)] == []
-    if kind == "StringList" or stored.strip() != stored:
-        assert not stored.strip() or not service.accepts(stored)
+    assert all(service.accepts(token) for token in [*tokens, "good"])
+    assert stored in tokens or not service.accepts(stored)
     service.clock.now += 1000
     service.accepts("good")  # read again: no second warning
     warned = [line for line in lines() if line["level"] == "WARNING"]
-    assert all(line["parameters"] == ["/a/name"] for line in warned)
+    assert {tuple(line["parameters"]) for line in warned} == {("/a/name",)}
     texts = [line["message"] for line in warned]
     assert len(texts) == len(set(texts))
-    assert any(warning in text for text in texts)
-    assert not any(token in text for token in tokens if len(token) > 1 for text in texts)
+    assert warning in " ".join(texts)
+    assert "cr3t" not in " ".join(texts)
 
 
 def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -1010,25 +967,19 @@ def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixtur
     assert warning.__dict__["parameters"] == ["/b"]
 
 
-def test_only_parameter_deleted_is_no_outage(aws: SimpleNamespace) -> None:
-    name = f"/token/{next(aws.count)}"
-    service = Service(aws.ssm, token_ssm_parameter=(name,))
-    refusal(service.post(), "token_store_unavailable")
-    service.clock.now += 5
-    aws.ssm.put_parameter(Name=name, Value="old", Type="SecureString")
-    assert service.accepts("old")
-    service.clock.now += 60
-    aws.ssm.delete_parameter(Name=name)
-    assert not service.accepts("old")
-    service.clock.now += 5
-    aws.ssm.put_parameter(Name=name, Value="again", Type="SecureString")
-    assert service.accepts("again")
+def test_only_parameter_deleted_is_no_outage(cached: Service) -> None:
+    cached.ssm.answer = {"Parameters": [], "InvalidParameters": ["/old"]}
+    cached.clock.now += 60
+    assert not cached.accepts("old")
+    cached.ssm.answer = None
+    cached.clock.now += 5
+    assert cached.accepts("old")
 
 
 NO_WORD_OF_IT = {"Parameters": [], "InvalidParameters": []}
 
 
-@pytest.mark.parametrize("answer", [*OUTAGES, {}, NO_WORD_OF_IT])
+@pytest.mark.parametrize("answer", [DOWN, DENIED, {}, NO_WORD_OF_IT])
 def test_last_known_token_works_while_ssm_fails(
     cached: Service, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
@@ -1165,10 +1116,10 @@ def text_values(text: str) -> Any:
     ],
     ids=["numbers", "nesting", "escapes", "characters"],
 )
-def test_body_is_the_data_unchanged_in_ascii(queue: Queue, more: str) -> None:
+def test_body_is_the_data_unchanged_in_ascii(service: Service, more: str) -> None:
     text = f'{{{json.dumps(DATA)[1:-1]}, "email_timestream": 1693561101, {more}}}'
-    assert queue.service.post(with_data(text)).status_code == 200
-    body = queue.only_message()["Body"]
+    assert service.post(with_data(text)).status_code == 200
+    body = service.sqs.messages[0]["MessageBody"]
     assert text_values(body) == text_values(text)
     assert not re.search(r"[^\t\n\r -~\x7f]", body), "SQS takes no other control characters"
 
@@ -1181,9 +1132,8 @@ def test_body_is_the_data_unchanged_in_ascii(queue: Queue, more: str) -> None:
         '{"data": DECOY, "token": "x", "token": TOKEN, "data": DATA}',
         r'{"Data": DECOY, " data": DECOY, "d\u0061ta": DATA, "token": TOKEN}',
         r'{"a": "data", "b": "\"data\": {}", "data": DATA, "c": "\\", "token": TOKEN}',
-        '{"a": -1.5e3, "b": null, "c": [], "d": {}, "data": DATA, "e": "", "token": TOKEN}',
     ],
-    ids=["white space", "nested", "twice", "escaped name", "in strings", "other values"],
+    ids=["white space", "nested", "twice", "escaped name", "in strings"],
 )
 def test_data_is_found_wherever_it_stands(service: Service, text: str) -> None:
     decoy = {**DATA, "email_subject": "decoy"}
@@ -1198,10 +1148,11 @@ def attributes_of(message: dict[str, Any]) -> dict[str, str]:
     return {name: value["StringValue"] for name, value in message["MessageAttributes"].items()}
 
 
-def test_attributes_tell_about_the_request(queue: Queue) -> None:
+def test_message_tells_about_its_request(queue: Queue) -> None:
     headers = {"X-Request-Id": "r-1", "Idempotency-Key": " order 1843/\u00e9 "}
-    assert queue.service.post(headers=headers).status_code == 200
-    attributes = attributes_of(queue.only_message())
+    assert queue.service.post(headers={**headers, "X-Amzn-Trace-Id": TRACE}).status_code == 200
+    message = queue.only_message()
+    attributes = attributes_of(message)
     processed = datetime.fromisoformat(attributes.pop("ProcessedAt"))
     assert abs(datetime.now(UTC) - processed) < timedelta(minutes=5)
     assert processed.utcoffset() == timedelta(0)
@@ -1210,19 +1161,17 @@ def test_attributes_tell_about_the_request(queue: Queue) -> None:
         "RequestId": "r-1",
         "IdempotencyKey": "order 1843/\u00e9",
     }
+    assert message["Attributes"]["AWSTraceHeader"] == TRACE
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "  "}], ids=["no key", "blank key"])
-def test_no_idempotency_key_is_no_attribute(service: Service, headers: dict[str, str]) -> None:
+def test_message_has_nothing_that_is_not_needed(service: Service, headers: dict[str, str]) -> None:
     response = service.post(headers=headers)
-    attributes = attributes_of(service.sqs.messages[0])
+    (message,) = service.sqs.messages
+    attributes = attributes_of(message)
+    assert set(message) == {"QueueUrl", "MessageBody", "MessageAttributes"}
     assert set(attributes) == {"ContentType", "ProcessedAt", "RequestId"}
     assert attributes["RequestId"] == response.headers["X-Request-Id"]
-
-
-def test_trace_header_of_the_alb_goes_on_through_the_queue(queue: Queue) -> None:
-    assert queue.service.post(headers={"X-Amzn-Trace-Id": TRACE}).status_code == 200
-    assert queue.only_message()["Attributes"]["AWSTraceHeader"] == TRACE
 
 
 SELF = f"Self={TRACE_ID};{TRACE};CalledFrom=app"
@@ -1235,7 +1184,6 @@ LINEAGE = f"{TRACE};Sampled=1;Lineage=a87bd80c:0|68fd508a:5|c512fbe3:2"
         (SELF, SELF),
         (LINEAGE, LINEAGE),
         ("Root=1-67891233-ABCDEF", None),
-        ("Parent=53995c3f42cd8ad8", None),
         (f"{TRACE};a=\u00e9", None),
         (f"{TRACE};a=" + "b" * 1024, None),
     ],
@@ -1261,19 +1209,9 @@ def test_fifo_queue_drops_a_repeated_idempotency_key(aws: SimpleNamespace) -> No
     assert attributes["MessageDeduplicationId"] == "k-1"
 
 
-def test_shared_request_id_drops_no_message(aws: SimpleNamespace) -> None:
-    queue = Queue(aws, ".fifo", FifoQueue="true")
-    for _ in range(3):
-        assert queue.service.post(headers={"X-Request-Id": "shared"}).status_code == 200
-    attributes = {"QueueUrl": queue.url, "AttributeNames": ["ApproximateNumberOfMessages"]}
-    found = queue.sqs.get_queue_attributes(**attributes)["Attributes"]
-    assert found["ApproximateNumberOfMessages"] == "3"
-
-
 @pytest.mark.parametrize(
     ("sent", "arrives"),
     [
-        ("é-1".encode(), "é-1"),
         ("名".encode(), "名"),
         (b"\xe9-1", "é-1"),
         (b" k ", "k"),
@@ -1290,16 +1228,12 @@ def test_deduplication_id_is_one_that_sqs_takes() -> None:
     service = Service(sqs_queue_url=QUEUE_URL + ".fifo")
     keys = [string.punctuation, "x" * 128, "x" * 129, "x" * 130, "a b", "a\u00e9", "", ""]
     for key in keys:
-        assert service.post(headers={"Idempotency-Key": key}).status_code == 200
+        headers = {"Idempotency-Key": key, "X-Request-Id": "shared"}
+        assert service.post(headers=headers).status_code == 200
     ids = [message["MessageDeduplicationId"] for message in service.sqs.messages]
     assert ids[:2] == keys[:2]
     assert len(set(ids)) == len(keys), "each request without a key has an id of its own"
     assert all(re.fullmatch(r"[!-~]{1,128}", given) for given in ids)
-
-
-def test_message_for_a_standard_queue_has_no_fifo_fields(service: Service) -> None:
-    service.post(headers={"Idempotency-Key": "k-1"})
-    assert set(service.sqs.messages[0]) == {"QueueUrl", "MessageBody", "MessageAttributes"}
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -1338,13 +1272,13 @@ BAD_SETTINGS = {
     "SQS_QUEUE_URL": [" ", "dev-CP-queue", "https://a/", "https://a b/c"],
     "AWS_REGION": ["US-WEST-1", "us-west-1a"],
     "TOKEN_SSM_PARAMETER": ["/a,", "/a b", "/\u00e9", TEN_NAMES + ",/10"],
-    "PORT": ["x", "-1", "0", "65536", "+5", "1_0", "1e3", "\u0665", "80.5", "9" * 5000],
+    "PORT": ["x", "0", "65536", "+5", "1_0", "\u0665", "80.5", "9" * 5000],
     "GUNICORN_WORKERS": ["65"],
     "GUNICORN_THREADS": ["257"],
     "MAX_REQUEST_BYTES": ["1073741825"],
     "BODY_TIMEOUT_SECONDS": ["0.99", "61", "nan"],
     "SQS_CALLS_IN_FLIGHT": ["65"],
-    "TOKEN_CACHE_SECONDS": ["1m", "3601"],
+    "TOKEN_CACHE_SECONDS": ["3601"],
     "LOG_LEVEL": ["TRACE"],
 }
 
@@ -1388,23 +1322,20 @@ def test_request_gives_one_line_with_documented_fields(service: Service, log_at:
 
 
 @pytest.mark.parametrize("failing", ["token", "queue", "message"])
-@pytest.mark.parametrize("headers", [{}, {"X-Amzn-Trace-Id": TRACE}], ids=["untraced", "traced"])
-def test_every_line_of_a_request_tells_its_id_and_trace(
-    log_at: LogAt, failing: str, headers: dict[str, str]
-) -> None:
+def test_every_line_of_a_request_tells_its_id_and_trace(log_at: LogAt, failing: str) -> None:
     def fail(**_: Any) -> None:
         logging.getLogger("botocore").error("another library's, inside of the request")
         raise DENIED
 
     ssm = Ssm(fail if failing == "token" else None)
-    sqs = Sqs(fail, fail if failing == "queue" else None)
+    service = Service(ssm, Sqs(fail, fail if failing == "queue" else None))
     lines = log_at("INFO")
-    assert Service(ssm, sqs).post(headers={"X-Request-Id": "r-1", **headers}).status_code == 503
+    headers = {"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE}
+    assert service.post(headers=headers).status_code == 503
     logging.getLogger("botocore").error("another library's, outside of it")
     *inside, outside = lines()
     assert {"botocore", "email_processor"} == {line["logger"] for line in inside}
-    assert {line["request_id"] for line in inside} == {"r-1"}
-    assert {line.get("trace_id") for line in inside} == {TRACE_ID if headers else None}
+    assert {(line["request_id"], line["trace_id"]) for line in inside} == {("r-1", TRACE_ID)}
     assert not {"request_id", "trace_id"} & outside.keys()
 
 
@@ -1420,7 +1351,7 @@ def test_5xx_is_logged_as_an_error_with_its_cause(log_at: LogAt) -> None:
 LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
 def test_log_level_chooses_what_is_logged(log_at: LogAt, level: str) -> None:
     service = Service(sqs=Sqs(DENIED), token_ssm_parameter=(PARAMETER, "/missing"))
     lines, quiet = log_at(level), ["/health", "/ready", "/metrics"]
@@ -1446,7 +1377,6 @@ SECRET = envelope(SECRET_DATA, "SECRET-token")
 QUOTING = ValueError("no JSON: SECRET-token SECRET-email_content")  # as some parsers do
 SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("success", SECRET, {}),
-    ("request_too_large", SECRET + b" " * 9000, {}),
     ("invalid_json", SECRET[:-1], {}),
     ("invalid_json", SECRET.replace(b"SECRET", b"SECRET\xff"), {}),
     ("invalid_token", envelope(SECRET_DATA, "SECRET-guess"), {}),
@@ -1454,7 +1384,6 @@ SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("invalid_timestamp", SECRET.replace(b"1693561101", b"SECRET"), {}),
     ("message_too_large", SECRET.replace(b"SECRET-email_sender", b"SECRET" * 400), {}),
     ("token_store_unavailable", SECRET, {"ssm": QUOTING}),
-    ("token_store_unavailable", SECRET, {"ssm": {"Parameters": ["SECRET-token"]}}),
     ("queue_unavailable", SECRET, {"attributes": maximum("SECRET")}),
     ("queue_unavailable", SECRET, {"sent": QUOTING}),
 ]
@@ -1467,7 +1396,7 @@ def test_no_log_line_holds_a_token_or_a_field(
     lines = log_at("DEBUG")
     ssm = Ssm(failing.get("ssm"), **{PARAMETER: "SECRET-token"})
     sqs = Sqs(failing.get("sent"), failing.get("attributes", maximum("2048")))
-    answer = Service(ssm, sqs, max_request_bytes=8000).post(body).get_json()
+    answer = Service(ssm, sqs).post(body).get_json()
     assert answer.get("error", "success") == code
     logged = lines()
     assert logged[-1]["path"] == "/process"
@@ -1522,15 +1451,6 @@ def test_log_in_a_thread_drops_what_does_not_fit(monkeypatch: pytest.MonkeyPatch
             output += reading.read(65_536)
         assert output.count(f"{LONG}\n".encode()) == written
         assert output.count(b"log lines dropped\n") == 1
-
-
-def test_log_in_a_thread_is_written_by_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    with log_into_a_pipe(monkeypatch) as (handler, reading):
-        handler.start()
-        for text in ("one", "two", "three"):
-            handler.handle(record(text))
-        handler.flush()
-        assert reading.read(65_536) == b"one\ntwo\nthree\n"
 
 
 @pytest.mark.parametrize("closed", ["by its reader", "before the start"])
