@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -12,13 +12,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from conftest import (
-    BODY,
     PROJECT,
     WAIT,
     Service,
@@ -38,18 +37,15 @@ CLOSE = request_head("GET", "/health", "Connection: close")
 BUNDLE = request_head("GET", "/docs/swagger-ui-bundle.js")
 # Usual are some hundredths of a second; Gunicorn's own worker needs twenty seconds and more.
 CEILING = 5.0
-PROFILES = {"4x2": ("4", "2", 200), "1x64": ("1", "64", 60)}
+CLIENTS = 60
 
 
-@pytest.fixture(scope="module", params=PROFILES)
-def crowded(
-    start_service: StartService, fake_process: FakeAws, request: pytest.FixtureRequest
-) -> Iterator[tuple[Service, int]]:
-    """A service, and how many clients come to it."""
-    workers, threads, clients = PROFILES[request.param]
-    profile = {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
+@pytest.fixture(scope="module")
+def crowded(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
+    """A service to which many more clients come than it has threads."""
+    profile = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "2"}
     with start_service(**fake_process.environment(), **profile) as service:
-        yield service, clients
+        yield service
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +69,10 @@ def assert_serves(service: Service, workers: list[int], times: int = 20) -> None
 ANSWERED = {
     "Connection: close": CLOSE,
     "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
-    "garbage": b"garbage\r\n\r\n",
     "garbage without an end": b"garbage\r\n",
     "refused POST": post(b"{}", "Connection: close"),
     "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "WebSocket": request_head("GET", "/health", "Connection: Upgrade, close", "Upgrade: websocket"),
     "garbage behind a request": HEALTH + b"\0garbage\r\n\r\n",
 }
 UNANSWERED = {
@@ -86,7 +80,6 @@ UNANSWERED = {
     "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(range(50, 250)),
     "half a head": b"POST /process HTTP/1.1\r\nHost: ",
     "half a head of another method": b"M-SEARCH / HTTP/1.1\r\nHost: ",
-    "half a head of another version": b"GET / HTTP/1.5\r\nHost: ",
     "half a head behind a request": HEALTH + b"POST /process HTTP/1.1\r\nHost: ",
 }
 
@@ -94,41 +87,34 @@ UNANSWERED = {
 @pytest.mark.parametrize(
     "sent", [*ANSWERED.values(), *UNANSWERED.values()], ids=[*ANSWERED, *UNANSWERED]
 )
-def test_clients_that_stay_hold_up_nobody(crowded: tuple[Service, int], sent: bytes) -> None:
-    service, number = crowded
-    workers = service.workers()
+def test_clients_that_stay_hold_up_nobody(crowded: Service, sent: bytes) -> None:
+    workers = crowded.workers()
     with ExitStack() as stack:
-        clients = [stack.enter_context(service.connect()).send(sent) for _ in range(number)]
+        clients = [stack.enter_context(crowded.connect()).send(sent) for _ in range(CLIENTS)]
         for client in clients if sent in ANSWERED.values() else ():
             client.answer()
-        assert_serves(service, workers)
+        assert_serves(crowded, workers)
 
 
 @pytest.mark.parametrize("sent", [BUNDLE * 3, request_head("GET", "/openapi.json") * 100])
-def test_clients_that_take_no_answer_hold_up_nobody(
-    crowded: tuple[Service, int], sent: bytes
-) -> None:
-    service, number = crowded
-    workers = service.workers()
+def test_clients_that_take_no_answer_hold_up_nobody(crowded: Service, sent: bytes) -> None:
+    workers = crowded.workers()
     with ExitStack() as stack:
-        for _ in range(number):
+        for _ in range(CLIENTS):
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", service.port))
+            sock.connect(("127.0.0.1", crowded.port))
             sock.sendall(sent)
-        assert_serves(service, workers)
+        assert_serves(crowded, workers)
 
 
 @pytest.mark.parametrize(
     "part", [b"garbage\r\n\r\n" + b"x" * 60_000, b"x"], ids=["flood", "trickle"]
 )
-def test_clients_that_go_on_sending_hold_up_nobody(
-    crowded: tuple[Service, int], part: bytes
-) -> None:
-    service, number = crowded
-    workers, done = service.workers(), threading.Event()
+def test_clients_that_go_on_sending_hold_up_nobody(crowded: Service, part: bytes) -> None:
+    workers, done = crowded.workers(), threading.Event()
     with ExitStack() as stack:
-        clients = [stack.enter_context(service.connect()) for _ in range(number)]
+        clients = [stack.enter_context(crowded.connect()) for _ in range(CLIENTS)]
 
         def feed() -> None:
             while not done.wait(0.01):
@@ -140,23 +126,22 @@ def test_clients_that_go_on_sending_hold_up_nobody(
         feeder.start()
         stack.callback(feeder.join)
         stack.callback(done.set)
-        assert_serves(service, workers)
+        assert_serves(crowded, workers)
 
 
 @pytest.mark.parametrize("how", ["half-closed", "reset"])
-def test_clients_that_leave_early_hold_up_nobody(crowded: tuple[Service, int], how: str) -> None:
-    service, number = crowded
-    workers = service.workers()
+def test_clients_that_leave_early_hold_up_nobody(crowded: Service, how: str) -> None:
+    workers = crowded.workers()
     with ExitStack() as stack:
-        for _ in range(number):
-            client = stack.enter_context(service.connect()).send(HEALTH)
+        for _ in range(CLIENTS):
+            client = stack.enter_context(crowded.connect()).send(HEALTH)
             if how == "half-closed":
                 client.sock.shutdown(socket.SHUT_WR)
                 assert client.answer().status == 200
             else:
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 client.sock.close()
-        assert_serves(service, workers)
+        assert_serves(crowded, workers)
 
 
 def test_pipelined_requests_of_a_half_closed_client_are_answered(service: Service) -> None:
@@ -217,17 +202,14 @@ def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: Serv
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hard", [None, 1024], ids=["soft limit", "hard limit"])
-@pytest.mark.parametrize("profile", PROFILES)
 def test_a_thousand_idle_connections_stop_nobody(
-    start_service: StartService, fake: FakeAws, profile: str, hard: int | None
+    start_service: StartService, fake: FakeAws, hard: int | None
 ) -> None:
     """With 64 busy ones beside them, and the 1,024 files that many systems allow at first."""
-    resource = pytest.importorskip("resource")
     ours, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 4096:
         pytest.skip("needs 4,096 open files")
-    workers, threads, _ = PROFILES[profile]
-    variables = {"GUNICORN_WORKERS": workers, "GUNICORN_THREADS": threads}
+    variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
     service = start_service(**fake.environment(), **variables)
     service.wrapper = ("prlimit", f"--nofile=1024:{hard or most}")
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most))
@@ -238,12 +220,9 @@ def test_a_thousand_idle_connections_stop_nobody(
             for _ in range(1000):
                 idle.append(stack.enter_context(service.connect()))
                 assert idle[-1].send(HEALTH).answer().status == 200
-            busy = [stack.enter_context(service.connect()) for _ in range(64)]
-            for _ in range(5):
-                for client in busy:
-                    client.send(post())
-                assert {client.answer().status for client in busy} == {200}
-                assert_serves(service, before)
+            busy = [stack.enter_context(service.connect()).send(post()) for _ in range(64)]
+            assert {client.answer().status for client in busy} == {200}
+            assert_serves(service, before)
             if not hard:
                 assert {client.send(HEALTH).answer().status for client in idle} == {200}
     finally:
@@ -252,23 +231,20 @@ def test_a_thousand_idle_connections_stop_nobody(
 
 # --- Addresses ------------------------------------------------------------------------------------
 
-HAS_IPV6 = socket.has_dualstack_ipv6()
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_both_families_are_served_and_named_plainly(service: Service) -> None:
+    for host in ("::1", "127.0.0.1"):
+        for sent in (request_head("GET", f"/{host}", "Connection: close"), b"garbage\r\n"):
+            with socket.create_connection((host, service.port), WAIT) as sock:
+                sock.sendall(sent)
+                assert sock.recv(4096).startswith(b"HTTP/1.1 4")
 
-@pytest.mark.skipif(not HAS_IPV6, reason="needs IPv6")
-@pytest.mark.parametrize("host", ["::1", "127.0.0.1"])
-def test_both_families_are_served_and_named_plainly(
-    start_service: StartService, fake: FakeAws, host: str
-) -> None:
-    with start_service(**fake.environment()) as service:
-        with socket.create_connection((host, service.port), WAIT) as sock:
-            sock.sendall(request_head("GET", "/nothing", "Connection: close"))
-            assert sock.recv(4096).startswith(b"HTTP/1.1 404 ")
-        with socket.create_connection((host, service.port), WAIT) as sock:
-            sock.sendall(b"garbage\r\n")
-            assert sock.recv(4096).startswith(b"HTTP/1.1 400 ")
-    lines = [line for line in service.log() if line["message"] == "request"]
-    assert [line["client"] for line in lines] == [host, host]
+    def named() -> list[str]:
+        lines = [line for line in service.log() if line["message"] == "request"]
+        return [line["client"] for line in lines[-4:]]
+
+    eventually(lambda: named() == ["::1", "::1", "127.0.0.1", "127.0.0.1"])
 
 
 def test_machine_without_ipv6_is_served_on_ipv4(
@@ -290,10 +266,9 @@ def test_machine_without_ipv6_is_served_on_ipv4(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_port_that_is_taken_stops_the_start(service: Service, workers: str) -> None:
+def test_port_that_is_taken_stops_the_start(service: Service) -> None:
     """Also when each worker has a listening socket of its own, which could share the port."""
-    variables = {"PORT": str(service.port), "GUNICORN_WORKERS": workers}
+    variables = {"PORT": str(service.port), "GUNICORN_WORKERS": "2"}
     run = subprocess.run(
         gunicorn(),
         cwd=PROJECT,
@@ -303,16 +278,15 @@ def test_port_that_is_taken_stops_the_start(service: Service, workers: str) -> N
     )
     assert run.returncode == 1
     assert b"in use" in run.stdout
-    assert service.get("/health").status == 200
-    assert service.metrics()
-
-
-def test_headers_of_a_neighbour_are_no_fault(service: Service) -> None:
-    schemes = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-SSL: off")
-    assert service.ask(request_head("GET", "/health", *schemes)).status == 200
+    assert service.metrics(), "the other service's files are there"
 
 
 # --- Workers --------------------------------------------------------------------------------------
+
+
+def test_a_single_worker_keeps_to_one_core(service: Service) -> None:
+    (pid,) = service.workers()
+    eventually(lambda: len(os.sched_getaffinity(pid)) == 1)
 
 
 @pytest.mark.slow
@@ -348,25 +322,6 @@ def test_worker_that_stops_leaves_no_connection_behind(
 
 DROPPED = "email_processor_log_lines_dropped_total"
 UNKNOWN = request_head("GET", "/" + "x" * 2000)
-StartPiped = Callable[[], tuple[Service, int]]
-
-
-@pytest.fixture
-def piped(start_service: StartService, fake: FakeAws) -> Iterator[StartPiped]:
-    """Start a service of one worker whose standard output is a pipe; our end of it."""
-    with ExitStack() as stack:
-
-        def start() -> tuple[Service, int]:
-            reader, writer = os.pipe()
-            stack.callback(os.close, reader)
-            variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "8"}
-            service = start_service(**fake.environment(), **variables)
-            service.wrapper = ("sh", "-c", f'exec "$@" >/proc/{os.getpid()}/fd/{writer}', "sh")
-            stack.enter_context(service)
-            os.close(writer)
-            return service, reader
-
-        yield start
 
 
 def ask_often(service: Service, times: int) -> None:
@@ -377,41 +332,24 @@ def ask_often(service: Service, times: int) -> None:
 
 
 @pytest.mark.slow
-def test_log_that_nobody_reads_holds_up_nobody(piped: StartPiped) -> None:
-    service, _ = piped()
-    ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
-    assert service.ask(post()).status == 200
-    dropped = service.metrics()[DROPPED]
-    assert 500 < dropped < 2000
-    (worker,) = service.workers()
-    kill(worker)
-    eventually(lambda: service.workers() not in ([], [worker]))
-    assert service.ask(post()).status == 200
-    assert service.errors() == ""
-
-
-@pytest.mark.slow
-def test_dropped_lines_are_reported_when_there_is_room(piped: StartPiped) -> None:
-    service, reader = piped()
-    ask_often(service, 2000)
-    dropped = service.metrics()[DROPPED]
-    output, lines = b"", []
-    while not lines:
-        output += os.read(reader, 65_536)
-        lines = [line for line in output.splitlines()[:-1] if b"log lines dropped" in line]
-    assert json.loads(lines[0])["lines"] == dropped
-    assert json.loads(lines[0])["level"] == "WARNING"
-
-
-def test_log_whose_reader_has_gone_holds_up_nobody(piped: StartPiped) -> None:
-    service, reader = piped()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), reader)
-    ask_often(service, 100)
-    eventually(lambda: service.metrics()[DROPPED] >= 100)
-    assert service.ask(post()).status == 200
-    assert service.stop() < WAIT
-    assert service.errors() == ""
+def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService, fake: FakeAws) -> None:
+    variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "8"}
+    service = start_service(**fake.environment(), **variables)
+    reader, writer = os.pipe()
+    service.wrapper = ("sh", "-c", f'exec "$@" >/proc/{os.getpid()}/fd/{writer}', "sh")
+    with service:
+        os.close(writer)
+        ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
+        assert service.ask(post()).status == 200
+        assert 500 < service.metrics()[DROPPED] < 2000
+        (worker,) = service.workers()
+        kill(worker)
+        eventually(lambda: service.workers() not in ([], [worker]))
+        assert service.ask(post()).status == 200
+        assert service.stop() < WAIT
     assert service.process.returncode == 0
+    assert service.errors() == ""
+    os.close(reader)
 
 
 def test_service_that_stops_writes_the_lines_that_wait(
@@ -422,15 +360,6 @@ def test_service_that_stops_writes_the_lines_that_wait(
         service.stop()
     lines = [line for line in service.log() if line.get("error") == "not_found"]
     assert len(lines) == 500
-
-
-@pytest.mark.slow
-def test_service_whose_log_is_full_stops_all_the_same(piped: StartPiped) -> None:
-    service, _ = piped()
-    ask_often(service, 200)
-    assert service.stop() < WAIT
-    assert service.process.returncode == 0
-    assert service.errors() == ""
 
 
 # --- Without Gunicorn -----------------------------------------------------------------------------
@@ -463,7 +392,6 @@ def test_local_server_works_without_gunicorn(fake: FakeAws, tmp_path: Path) -> N
     variables = {**fake.environment(), "GUNICORN_WORKERS": "1"}
     with Alone(tmp_path / "tmp", variables, serve) as service:
         assert service.ask(post()).status == 200
-        assert service.ask(post(BODY[:-1])).error == "invalid_json"
         assert service.ask(post(b"x", path="/nothing")).error == "not_found"
 
 
