@@ -80,7 +80,7 @@ def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
 @dataclass
 class Answer:
     status: int
-    headers: http.client.HTTPMessage
+    headers: http.client.HTTPMessage | dict[str, str]
     body: bytes
 
     @property
@@ -101,6 +101,10 @@ class Answer:
             assert app.ERRORS[self.error][0] == self.status
             assert self.json["message"]
             assert self.json["request_id"] == self.headers["X-Request-Id"]
+            for problem in self.json.get("errors", []):
+                assert self.error in ("invalid_data", "invalid_timestamp")
+                assert problem["field"] in DATA
+                assert problem["message"] in self.json["message"]
         return self
 
 
