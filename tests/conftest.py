@@ -190,6 +190,12 @@ def free_port() -> int:
     return port
 
 
+def is_listening(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=WAIT):
+        return True
+    return False
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Nothing of the caller's own configuration but what starts a process."""
     keep = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG")
