@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -231,19 +231,21 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
-    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
+    command: Sequence[str] = field(default_factory=gunicorn)
+    folder: Path = PROJECT
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __enter__(self) -> Service:
-        self.temporary.mkdir()
+        self.temporary.mkdir(parents=True)
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                [*self.wrapper, *gunicorn()],
-                cwd=PROJECT,
+                self.command,
+                cwd=self.folder,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
                 stderr=err,
+                start_new_session=True,
             )
         try:
             eventually(self._answers)

@@ -253,7 +253,7 @@ def test_silent_name_servers_are_refused_at_once(
 ) -> None:
     endpoint = f"http://aws.email-processor.test:{day.fake.url.rpartition(':')[2]}"
     service = day.service(profile, AWS_ENDPOINT_URL=endpoint)
-    service.wrapper = name_server.command
+    service.command = [*name_server.command, *service.command]
     with service:
         with Load(service.port) as load:
             load.wait_for(64)

@@ -10,20 +10,19 @@ import signal
 import subprocess
 import sys
 import tomllib
-import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 from conftest import (
     PROJECT,
     TOKEN,
     WAIT,
+    Service,
     children,
     eventually,
     free_port,
-    has_booted,
     is_listening,
     metrics_folder,
 )
@@ -77,46 +76,26 @@ def only(folder: Path, *commands: str) -> str:
 # --- python app.py --------------------------------------------------------------------------------
 
 
-class LocalServer:
-    """`python app.py` with the embedded AWS."""
+class LocalServer(Service):
+    """`python app.py` with the embedded AWS, started from another folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+        variables = {"GUNICORN_WORKERS": "2", **leftovers(folder)}
+        command = [sys.executable, str(PROJECT / "app.py")]
+        super().__init__(folder / "tmp", variables, command, folder)
         self.url = f"http://localhost:{self.port}"
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True)
-        self._output = folder / "output"
-        own = {"PORT": str(self.port), "GUNICORN_WORKERS": "2", "TMPDIR": str(self.temporary)}
-        own |= leftovers(folder)
-        with self._output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, PROJECT / "app.py"],
-                cwd=folder,
-                env=environment(**own),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
 
-    @property
-    def output(self) -> str:
-        return self._output.read_text("utf-8")
+    def __enter__(self) -> Self:
+        super().__enter__()
+        eventually(lambda: "Stop it with" in self.output())
+        return self
 
-    def serves(self) -> bool:
-        assert self.process.poll() is None, self.output
-        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health"):
-            _, _, *workers = self.processes()
-            has_all = len(workers) == 2 and all(map(has_booted, workers))
-            return has_all and "Stop it with" in self.output
-        return False
-
-    def processes(self) -> list[int]:
-        """This one, Gunicorn's master and its workers."""
-        (master,) = children(self.process.pid)
-        return [self.process.pid, master, *children(master)]
+    def workers(self) -> list[int]:
+        """Gunicorn's, whose master is a child of this process."""
+        return [worker for master in children(self.process.pid) for worker in children(master)]
 
     def printed_commands(self) -> list[str]:
-        paragraphs = [paragraph.strip() for paragraph in self.output.split("\n\n")]
+        paragraphs = [paragraph.strip() for paragraph in self.output().split("\n\n")]
         return [paragraph for paragraph in paragraphs if paragraph.startswith("curl ")]
 
 
@@ -134,23 +113,9 @@ def leftovers(folder: Path) -> dict[str, str]:
     return {"HOME": str(home), **proxies, **aws, **ignore}
 
 
-@contextmanager
-def local_server(folder: Path) -> Iterator[LocalServer]:
-    server = LocalServer(folder)
-    try:
-        eventually(server.serves)
-        yield server
-    finally:
-        server.process.terminate()
-        try:
-            server.process.wait(timeout=WAIT)
-        finally:
-            server.process.kill()
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    with local_server(tmp_path_factory.mktemp("service")) as server:
+    with LocalServer(tmp_path_factory.mktemp("service")) as server:
         yield server
 
 
@@ -177,21 +142,21 @@ def test_printed_commands_show_a_message_in_the_queue(service: LocalServer) -> N
 def test_stopped_local_server_leaves_nothing_behind(
     tmp_path: Path, signal_number: signal.Signals, whole_group: bool
 ) -> None:
-    with local_server(tmp_path) as server:
-        (emulator_port,) = set(map(int, re.findall(r"http://127\.0\.0\.1:(\d+)", server.output)))
+    with LocalServer(tmp_path) as server:
+        (emulator_port,) = set(map(int, re.findall(r"http://127\.0\.0\.1:(\d+)", server.output())))
         assert is_listening(emulator_port)
-        processes = server.processes()
+        processes = [server.process.pid, *children(server.process.pid), *server.workers()]
         metrics = metrics_folder(processes[-1])
         assert metrics.is_dir()
         send = os.killpg if whole_group else os.kill
         send(server.process.pid, signal_number)
         assert server.process.wait(timeout=WAIT) == 0
-        assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
-        assert not is_listening(server.port)
-        assert not is_listening(emulator_port)
-        assert list(server.temporary.iterdir()) == []
-        assert not metrics.exists()
-        assert "Traceback" not in server.output
+    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+    assert not is_listening(server.port)
+    assert not is_listening(emulator_port)
+    assert {path.name for path in server.temporary.iterdir()} == {"stdout", "stderr"}
+    assert not metrics.exists()
+    assert "Traceback" not in server.output()
 
 
 # --- test.sh --------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_a_thousand_idle_connections_stop_nobody(
         pytest.skip("needs 4,096 open files")
     variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
     service = start_service(**fake.environment(), **variables)
-    service.wrapper = ("prlimit", f"--nofile=1024:{hard or most}")
+    service.command = ["prlimit", f"--nofile=1024:{hard or most}", *service.command]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most))
     try:
         with service, ExitStack() as stack:
@@ -336,7 +336,8 @@ def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService, fake
     variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "8"}
     service = start_service(**fake.environment(), **variables)
     reader, writer = os.pipe()
-    service.wrapper = ("sh", "-c", f'exec "$@" >/proc/{os.getpid()}/fd/{writer}', "sh")
+    into_pipe = f'exec "$@" >/proc/{os.getpid()}/fd/{writer}'
+    service.command = ["sh", "-c", into_pipe, "sh", *service.command]
     with service:
         os.close(writer)
         ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
@@ -388,7 +389,7 @@ def test_local_server_works_without_gunicorn(fake: FakeAws, tmp_path: Path) -> N
         def workers(self) -> list[int]:
             return [self.process.pid]
 
-    serve = (sys.executable, "-c", HIDE + 'runpy.run_path("app.py", run_name="__main__")')
+    serve = [sys.executable, "-c", HIDE + 'runpy.run_path("app.py", run_name="__main__")']
     variables = {**fake.environment(), "GUNICORN_WORKERS": "1"}
     with Alone(tmp_path / "tmp", variables, serve) as service:
         assert service.ask(post()).status == 200
