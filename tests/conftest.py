@@ -101,8 +101,14 @@ class Answer:
 class Client:
     """One connection. Nothing is sent but what the test sends, and every wait is bounded."""
 
-    def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+    def __init__(self, port: int, host: str = "127.0.0.1", buffer: int = 0) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.sock.settimeout(WAIT)
+        if buffer:  # of few bytes, as from afar: on loopback the kernel would take all at once
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        self.sock.connect((host, port))
         self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:
@@ -286,8 +292,8 @@ class Service:
     def _output(self, name: str) -> Path:
         return self.temporary / name
 
-    def connect(self) -> Client:
-        return Client(self.port)
+    def connect(self, host: str = "127.0.0.1", buffer: int = 0) -> Client:
+        return Client(self.port, host, buffer)
 
     def ask(self, *parts: bytes) -> Answer:
         """The answer to one request on a connection of its own."""

@@ -26,7 +26,6 @@ from conftest import (
     BODY,
     PARAMETER,
     TOKEN,
-    WAIT,
     NameServer,
     Service,
     StartService,
@@ -496,20 +495,14 @@ def test_slow_bodies_end_at_the_deadline(day: Day) -> None:
 def test_slow_readers_hold_no_thread_and_are_closed(day: Day) -> None:
     ask = request_head("GET", "/docs/swagger-ui-bundle.js")
     variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_THREADS": "1"}
-    with day.service(ONE, variables) as service, socket.socket() as slow:
-        # As from afar: on loopback the kernel would take the whole answer at once.
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
-        slow.settimeout(WAIT)
-        slow.connect(("127.0.0.1", service.port))
-        slow.sendall(ask)
-        assert slow.recv(2048).startswith(b"HTTP/1.1 200")
+    with day.service(ONE, variables) as service, service.connect(buffer=4096) as slow:
+        assert slow.send(ask).sock.recv(2048).startswith(b"HTTP/1.1 200")
         begin = time.monotonic()
         whole = len(service.ask(ask).body)
         others = time.monotonic() - begin
         taken = 0
         with suppress(ConnectionResetError):
-            while part := slow.recv(2048):
+            while part := slow.sock.recv(2048):
                 taken += len(part)
                 time.sleep(0.05)
         seconds = time.monotonic() - begin
@@ -522,40 +515,29 @@ def test_slow_readers_hold_no_thread_and_are_closed(day: Day) -> None:
 
 
 @profiles("4x2")
-def test_sigterm_under_load_answers_what_was_begun(day: Day, profile: dict[str, str]) -> None:
+@pytest.mark.parametrize("held_back", [False, True], ids=["at once", "after preStop"])
+def test_sigterm_under_load_answers_what_was_begun(
+    day: Day, held_back: bool, profile: dict[str, str]
+) -> None:
+    """In the cluster, the pod leaves the load balancer, and the preStop sleep passes, before."""
     loads, seconds = [], []
     for _ in range(10 if day.full else 1):
         with day.service(profile) as service, service.connect() as idle:
             assert idle.send(request_head("GET", "/health")).answer().status == 200
-            with Load(service.port) as load:
+            with Load(service.port, hold_new_connections=held_back) as load:
                 load.wait_for(128)
                 seconds.append(service.stop())
-                load.stop()
         loads.append(load)
     ledger = Ledger.of(day.fake, *loads)
-    day.note("SIGTERM under load", ledger, f"exit within {max(seconds):.1f} s")
+    title = f"SIGTERM under load{' after new connections were held back' * held_back}"
+    day.note(title, ledger, f"exit within {max(seconds):.1f} s")
     assert set(ledger.statuses) == {200}
     assert not ledger.lost
     assert max(seconds) < 25, "Gunicorn had to kill its workers"
     # Only connections that no worker had taken yet end without an answer.
-    for failure in (failure for load in loads for failure in load.failures):
-        assert failure.first
-        assert failure.part == b""
-
-
-@profiles("1x64")
-def test_sigterm_without_new_connections_fails_nobody(day: Day, profile: dict[str, str]) -> None:
-    """As in the cluster: the pod leaves the load balancer, the preStop sleep passes, SIGTERM."""
-    loads = []
-    for _ in range(10 if day.full else 1):
-        with day.service(profile) as service, Load(service.port) as load:
-            load.wait_for(128)
-            load.hold_new_connections = True
-            service.stop()
-            load.wait()
-        loads.append(load)
-    ledger = day.ledger("SIGTERM after new connections were held back", *loads, statuses={200})
-    assert ledger.acknowledged == ledger.in_queue == ledger.sent
+    failures = [failure for load in loads for failure in load.failures]
+    assert not held_back or not failures
+    assert all(failure.first and failure.part == b"" for failure in failures)
 
 
 class Scrapes:

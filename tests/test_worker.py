@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 from conftest import (
     PROJECT,
     WAIT,
+    Client,
     Service,
     StartService,
     environment,
@@ -84,34 +85,49 @@ UNANSWERED = {
 }
 
 
-@pytest.mark.parametrize(
-    "sent", [*ANSWERED.values(), *UNANSWERED.values()], ids=[*ANSWERED, *UNANSWERED]
-)
-def test_clients_that_stay_hold_up_nobody(crowded: Service, sent: bytes) -> None:
-    workers = crowded.workers()
-    with ExitStack() as stack:
-        clients = [stack.enter_context(crowded.connect()).send(sent) for _ in range(CLIENTS)]
-        for client in clients if sent in ANSWERED.values() else ():
-            client.answer()
-        assert_serves(crowded, workers)
+UNREAD = {"long answers": BUNDLE * 3, "many answers": request_head("GET", "/openapi.json") * 100}
+SENT_ON = {"flood": b"garbage\r\n\r\n" + b"x" * 60_000, "trickle": b"x"}
 
 
-@pytest.mark.parametrize("sent", [BUNDLE * 3, request_head("GET", "/openapi.json") * 100])
-def test_clients_that_take_no_answer_hold_up_nobody(crowded: Service, sent: bytes) -> None:
+def stays(client: Client, how: str) -> None:
+    client.send((ANSWERED | UNANSWERED)[how])
+    if how in ANSWERED:
+        client.answer()
+
+
+def takes_no_answer(client: Client, how: str) -> None:
+    client.send(UNREAD[how])
+
+
+def leaves_early(client: Client, how: str) -> None:
+    client.send(HEALTH)
+    if how == "half-closed":
+        client.sock.shutdown(socket.SHUT_WR)
+    else:
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.sock.close()
+
+
+CROWDS = [
+    *((stays, how) for how in ANSWERED | UNANSWERED),
+    *((takes_no_answer, how) for how in UNREAD),
+    *((leaves_early, how) for how in ("half-closed", "reset")),
+]
+
+
+@pytest.mark.parametrize(("behave", "how"), CROWDS, ids=[how for _, how in CROWDS])
+def test_crowd_that_misbehaves_holds_up_nobody(
+    crowded: Service, behave: Callable[[Client, str], None], how: str
+) -> None:
     workers = crowded.workers()
     with ExitStack() as stack:
         for _ in range(CLIENTS):
-            sock = stack.enter_context(socket.socket())
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", crowded.port))
-            sock.sendall(sent)
+            behave(stack.enter_context(crowded.connect(buffer=4096)), how)
         assert_serves(crowded, workers)
 
 
-@pytest.mark.parametrize(
-    "part", [b"garbage\r\n\r\n" + b"x" * 60_000, b"x"], ids=["flood", "trickle"]
-)
-def test_clients_that_go_on_sending_hold_up_nobody(crowded: Service, part: bytes) -> None:
+@pytest.mark.parametrize("part", SENT_ON.values(), ids=SENT_ON)
+def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: bytes) -> None:
     workers, done = crowded.workers(), threading.Event()
     with ExitStack() as stack:
         clients = [stack.enter_context(crowded.connect()) for _ in range(CLIENTS)]
@@ -126,21 +142,6 @@ def test_clients_that_go_on_sending_hold_up_nobody(crowded: Service, part: bytes
         feeder.start()
         stack.callback(feeder.join)
         stack.callback(done.set)
-        assert_serves(crowded, workers)
-
-
-@pytest.mark.parametrize("how", ["half-closed", "reset"])
-def test_clients_that_leave_early_hold_up_nobody(crowded: Service, how: str) -> None:
-    workers = crowded.workers()
-    with ExitStack() as stack:
-        for _ in range(CLIENTS):
-            client = stack.enter_context(crowded.connect()).send(HEALTH)
-            if how == "half-closed":
-                client.sock.shutdown(socket.SHUT_WR)
-                assert client.answer().status == 200
-            else:
-                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                client.sock.close()
         assert_serves(crowded, workers)
 
 
@@ -170,31 +171,23 @@ def test_client_that_does_not_close_is_closed(service: Service) -> None:
     "head", [post_head("Content-Length: 9", "Content-Length: 8"), b"garbage\r\n"]
 )
 def test_refused_client_that_sends_on_gets_its_answer(service: Service, head: bytes) -> None:
-    """As from afar: its buffers are small, and it reads only when it has sent everything."""
-    with socket.socket() as sock:
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, 4096)
-        sock.settimeout(WAIT)
-        sock.connect(("127.0.0.1", service.port))
-        sock.sendall(head)
+    """It reads only when it has sent everything."""
+    with service.connect(buffer=4096) as client:
+        client.send(head)
         for _ in range(500):
-            sock.sendall(b"x" * 4096)
-        sock.shutdown(socket.SHUT_WR)
-        assert b"".join(iter(lambda: sock.recv(4096), b"")).startswith(b"HTTP/1.1 400 ")
+            client.send(b"x" * 4096)
+        client.sock.shutdown(socket.SHUT_WR)
+        assert client.answer().status == 400
 
 
 def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: Service) -> None:
     fast = service.ask(BUNDLE).body
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        sock.settimeout(WAIT)
-        sock.connect(("127.0.0.1", service.port))
-        sock.sendall(BUNDLE + CLOSE)
+    with service.connect(buffer=65_536) as client:
+        client.send(BUNDLE + CLOSE)
         # Until the service is done with what the sockets have room for.
         assert service.get("/health").status == 200
-        answers = b"".join(iter(lambda: sock.recv(65_536), b""))
-    assert answers.partition(b"\r\n\r\n")[2].startswith(fast)
-    assert b"healthy" in answers[-200:]
+        assert client.answer().body == fast
+        assert client.answer().json["status"] == "healthy"
 
 
 # --- Many connections -----------------------------------------------------------------------------
@@ -234,17 +227,17 @@ def test_a_thousand_idle_connections_stop_nobody(
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
 def test_both_families_are_served_and_named_plainly(service: Service) -> None:
-    for host in ("::1", "127.0.0.1"):
-        for sent in (request_head("GET", f"/{host}", "Connection: close"), b"garbage\r\n"):
-            with socket.create_connection((host, service.port), WAIT) as sock:
-                sock.sendall(sent)
-                assert sock.recv(4096).startswith(b"HTTP/1.1 4")
+    hosts = ["::1", "127.0.0.1"]
+    for host in hosts:
+        for sent in (request_head("GET", "/nothing"), b"garbage\r\n"):
+            with service.connect(host) as client:
+                assert client.send(sent).answer().status in (400, 404)
 
-    def named() -> list[str]:
+    def clients() -> list[str]:
         lines = [line for line in service.log() if line["message"] == "request"]
         return [line["client"] for line in lines[-4:]]
 
-    eventually(lambda: named() == ["::1", "::1", "127.0.0.1", "127.0.0.1"])
+    eventually(lambda: clients() == [host for host in hosts for _ in range(2)])
 
 
 def test_machine_without_ipv6_is_served_on_ipv4(
