@@ -1066,6 +1066,23 @@ def test_body_is_the_data_unchanged_in_ascii(service: Service, more: str) -> Non
     assert not re.search(r"[^\t\n\r -~\x7f]", body), "SQS takes no other control characters"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"other": {"data": DECOY}, "data": DECOY, "data": DATA, "token": "x", "token": TOKEN}',
+        r'{"Data": DECOY, " data": DECOY, "d\u0061ta": DATA, "more": {"data": 1}, "token": TOKEN}',
+        r'{"a": "data", "b": "\"data\": {}", "data": DATA, "c": "\\", "token": TOKEN}',
+    ],
+    ids=["twice", "escaped name", "in strings"],
+)
+def test_data_is_found_wherever_it_stands(service: Service, text: str) -> None:
+    decoy = {**DATA, "email_subject": "decoy"}
+    for word, value in (("DATA", DATA), ("DECOY", decoy), ("TOKEN", TOKEN)):
+        text = text.replace(word, json.dumps(value))
+    assert service.post(text.encode()).status_code == 200
+    assert json.loads(service.sqs.messages[0]["MessageBody"]) == DATA
+
+
 def attributes_of(message: dict[str, Any]) -> dict[str, str]:
     assert all(value["DataType"] == "String" for value in message["MessageAttributes"].values())
     return {name: value["StringValue"] for name, value in message["MessageAttributes"].items()}
