@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import hmac
 import io
-import itertools
 import json
 import logging
 import logging.config
@@ -22,6 +21,7 @@ import string
 import sys
 import threading
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -133,14 +133,14 @@ def forget_aws(patch: pytest.MonkeyPatch) -> None:
         patch.setenv(name, os.devnull)
 
 
-@pytest.fixture(scope="module")  # as long as it is there, no boto3 client reaches another AWS
-def aws() -> Iterator[SimpleNamespace]:
-    """moto. Each test takes names of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        forget_aws(patch)
-        with mock_aws():
-            clients = {name: boto3.client(name, "us-west-1") for name in ("ssm", "sqs")}
-            yield SimpleNamespace(**clients, count=itertools.count())
+@pytest.fixture
+def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """moto's SQS; no boto3 client reaches another. What moto's server holds for others stays."""
+    forget_aws(monkeypatch)
+    mock = mock_aws()
+    mock.start(reset=False)
+    yield boto3.client("sqs", "us-west-1")
+    mock.stop(remove_data=False)
 
 
 # --- The service, and its client ------------------------------------------------------------------
@@ -234,10 +234,10 @@ def refusal(response: TestResponse, code: str) -> dict[str, Any]:
 class Queue:
     """A queue of moto's, the service that fills it, and its consumer."""
 
-    def __init__(self, aws: SimpleNamespace, suffix: str = "", **attributes: str) -> None:
-        self.sqs, name = aws.sqs, f"queue-{next(aws.count)}{suffix}"
-        self.url = self.sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
-        self.service = Service(sqs=aws.sqs, sqs_queue_url=self.url)
+    def __init__(self, sqs: Any, suffix: str = "", **attributes: str) -> None:
+        self.sqs, name = sqs, f"{uuid.uuid4()}{suffix}"
+        self.url = sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
+        self.service = Service(sqs=sqs, sqs_queue_url=self.url)
 
     def only_message(self) -> dict[str, Any]:
         options = {"MaxNumberOfMessages": 10, "MessageAttributeNames": ["All"]}
@@ -247,8 +247,8 @@ class Queue:
 
 
 @pytest.fixture
-def queue(aws: SimpleNamespace) -> Queue:
-    return Queue(aws)
+def queue(moto: Any) -> Queue:
+    return Queue(moto)
 
 
 LogLines = Callable[[], list[dict[str, Any]]]
@@ -1139,8 +1139,8 @@ def test_well_formed_trace_header_goes_on(
     assert lines()[0].get("trace_id") == (passed_on and TRACE_ID)
 
 
-def test_fifo_queue_drops_a_repeated_idempotency_key(aws: SimpleNamespace) -> None:
-    queue = Queue(aws, ".fifo", FifoQueue="true")
+def test_fifo_queue_drops_a_repeated_idempotency_key(moto: Any) -> None:
+    queue = Queue(moto, ".fifo", FifoQueue="true")
     for request_id in ("r-1", "r-2"):
         headers = {"X-Request-Id": request_id, "Idempotency-Key": "k-1"}
         assert queue.service.post(headers=headers).status_code == 200

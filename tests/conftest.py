@@ -135,18 +135,22 @@ class Client:
         assert len(body) == length
         return Answer(status, headers, body).check()
 
-    def trickle(self, part: bytes, seconds: float = WAIT) -> Answer:
-        """Send `part` every 0.1 s until the answer comes."""
+    def trickle(self, part: bytes, seconds: float = WAIT) -> Client:
+        """Send `part` every 0.1 s until something comes, be it the connection's end."""
         self.sock.settimeout(0.1)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with suppress(BrokenPipeError, ConnectionResetError):
                 self.sock.sendall(part)
-            with suppress(TimeoutError):
+            try:
                 self.sock.recv(1, socket.MSG_PEEK)
                 break
+            except TimeoutError:
+                continue
+            except ConnectionResetError:  # closed while a byte was on its way
+                break
         self.sock.settimeout(WAIT)
-        return self.answer()
+        return self
 
     def is_continued(self) -> bool:
         """Whether the server says 100 to `Expect: 100-continue`: it has read the head, no more."""
