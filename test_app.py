@@ -291,15 +291,6 @@ def test_valid_request_puts_its_message_into_the_queue(queue: Queue) -> None:
     assert json.loads(message["Body"]) == DATA
 
 
-def test_environment_names_queue_and_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    ssm, sqs = Ssm(**{"/a": "x", "/b": TOKEN}), Sqs()
-    monkeypatch.setenv("SQS_QUEUE_URL", QUEUE_URL + "-2")
-    monkeypatch.setenv("TOKEN_SSM_PARAMETER", "/a,/b")
-    client = app.create_app(ssm=ssm, sqs=sqs).test_client()
-    assert client.post("/process", data=BODY, content_type="application/json").status_code == 200
-    assert sqs.messages[0]["QueueUrl"] == QUEUE_URL + "-2"
-
-
 def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_aws(monkeypatch)
     threads = threading.active_count()
@@ -392,13 +383,6 @@ def test_docs_page_needs_no_other_host(service: Service) -> None:
     assets = re.findall(r'(?:src|href)="(/[^"]+)"', page)
     kinds = [service.get(asset).mimetype for asset in assets]
     assert kinds == ["text/css", "text/javascript"]
-
-
-@pytest.mark.parametrize("path", ["/health", "/docs/swagger-ui.css"])
-def test_head_answers_as_get_does(service: Service, path: str) -> None:
-    get, head = service.get(path), service.ask("HEAD", path)
-    assert (head.status_code, head.data) == (get.status_code, b"") == (200, b"")
-    assert head.content_type == get.content_type
 
 
 # --- Metrics --------------------------------------------------------------------------------------

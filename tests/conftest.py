@@ -108,7 +108,11 @@ class Client:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
-        self.sock.connect((host, port))
+        try:
+            self.sock.connect((host, port))
+        except OSError:
+            self.sock.close()
+            raise
         self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:

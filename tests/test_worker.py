@@ -20,6 +20,7 @@ import pytest
 from conftest import (
     PROJECT,
     WAIT,
+    Aws,
     Client,
     Service,
     StartService,
@@ -31,7 +32,6 @@ from conftest import (
     post_head,
     request_head,
 )
-from fake_aws import FakeAws
 
 HEALTH = request_head("GET", "/health")
 CLOSE = request_head("GET", "/health", "Connection: close")
@@ -42,17 +42,15 @@ CLIENTS = 60
 
 
 @pytest.fixture(scope="module")
-def crowded(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
+def crowded(start_service: StartService) -> Iterator[Service]:
     """A service to which many more clients come than it has threads."""
-    profile = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "2"}
-    with start_service(**fake_process.environment(), **profile) as service:
+    with start_service(GUNICORN_WORKERS="1", GUNICORN_THREADS="2") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def service(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
-    profile = {"GUNICORN_WORKERS": "1", "BODY_TIMEOUT_SECONDS": "1"}
-    with start_service(**fake_process.environment(), **profile) as service:
+def service(start_service: StartService) -> Iterator[Service]:
+    with start_service(GUNICORN_WORKERS="1", BODY_TIMEOUT_SECONDS="1") as service:
         yield service
 
 
@@ -196,14 +194,13 @@ def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: Serv
 @pytest.mark.slow
 @pytest.mark.parametrize("hard", [None, 1024], ids=["soft limit", "hard limit"])
 def test_a_thousand_idle_connections_stop_nobody(
-    start_service: StartService, fake: FakeAws, hard: int | None
+    start_service: StartService, hard: int | None
 ) -> None:
     """With 64 busy ones beside them, and the 1,024 files that many systems allow at first."""
     ours, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < 4096:
         pytest.skip("needs 4,096 open files")
-    variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
-    service = start_service(**fake.environment(), **variables)
+    service = start_service(GUNICORN_WORKERS="1", GUNICORN_THREADS="64")
     service.command = ["prlimit", f"--nofile=1024:{hard or most}", *service.command]
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most))
     try:
@@ -241,7 +238,7 @@ def test_both_families_are_served_and_named_plainly(service: Service) -> None:
 
 
 def test_machine_without_ipv6_is_served_on_ipv4(
-    start_service: StartService, fake: FakeAws, tmp_path: Path
+    start_service: StartService, tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent("""\
@@ -254,7 +251,7 @@ def test_machine_without_ipv6_is_served_on_ipv4(
             socket.socket = Socket
             """)
     )
-    with start_service(**fake.environment(), PYTHONPATH=str(tmp_path)) as service:
+    with start_service(PYTHONPATH=str(tmp_path)) as service:
         assert service.ask(post()).status == 200
 
 
@@ -283,11 +280,9 @@ def test_a_single_worker_keeps_to_one_core(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_worker_that_stops_leaves_no_connection_behind(
-    start_service: StartService, fake: FakeAws
-) -> None:
+def test_worker_that_stops_leaves_no_connection_behind(start_service: StartService) -> None:
     """It has a listening socket of its own, in which connections may wait."""
-    with start_service(**fake.environment()) as service:
+    with start_service() as service:
         answered, done = [], threading.Event()
 
         def ask() -> None:
@@ -325,9 +320,8 @@ def ask_often(service: Service, times: int) -> None:
 
 
 @pytest.mark.slow
-def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService, fake: FakeAws) -> None:
-    variables = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "8"}
-    service = start_service(**fake.environment(), **variables)
+def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService) -> None:
+    service = start_service(GUNICORN_WORKERS="1", GUNICORN_THREADS="8")
     reader, writer = os.pipe()
     into_pipe = f'exec "$@" >/proc/{os.getpid()}/fd/{writer}'
     service.command = ["sh", "-c", into_pipe, "sh", *service.command]
@@ -346,10 +340,8 @@ def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService, fake
     os.close(reader)
 
 
-def test_service_that_stops_writes_the_lines_that_wait(
-    start_service: StartService, fake: FakeAws
-) -> None:
-    with start_service(**fake.environment(), GUNICORN_WORKERS="1") as service:
+def test_service_that_stops_writes_the_lines_that_wait(start_service: StartService) -> None:
+    with start_service(GUNICORN_WORKERS="1") as service:
         ask_often(service, 500)
         service.stop()
     lines = [line for line in service.log() if line.get("error") == "not_found"]
@@ -377,14 +369,13 @@ def test_app_needs_nothing_of_gunicorn_or_posix() -> None:
 
 
 @pytest.mark.slow
-def test_local_server_works_without_gunicorn(fake: FakeAws, tmp_path: Path) -> None:
+def test_local_server_works_without_gunicorn(aws: Aws, tmp_path: Path) -> None:
     class Alone(Service):
         def workers(self) -> list[int]:
             return [self.process.pid]
 
     serve = [sys.executable, "-c", HIDE + 'runpy.run_path("app.py", run_name="__main__")']
-    variables = {**fake.environment(), "GUNICORN_WORKERS": "1"}
-    with Alone(tmp_path / "tmp", variables, serve) as service:
+    with Alone(tmp_path / "tmp", aws.variables(GUNICORN_WORKERS="1"), serve) as service:
         assert service.ask(post()).status == 200
         assert service.ask(post(b"x", path="/nothing")).error == "not_found"
 
@@ -408,12 +399,9 @@ def test_unit_tests_pass_without_gunicorn() -> None:
 
 
 @pytest.mark.slow
-def test_workers_survive_a_pause_of_the_whole_service(
-    start_service: StartService, fake_process: FakeAws
-) -> None:
+def test_workers_survive_a_pause_of_the_whole_service(start_service: StartService) -> None:
     """As `docker pause` or a live migration makes one."""
-    variables = {**fake_process.environment(), "GUNICORN_CMD_ARGS": "--timeout 5"}
-    with start_service(**variables) as service:
+    with start_service(GUNICORN_CMD_ARGS="--timeout 5") as service:
         workers = service.workers()
         for pid in (service.process.pid, *workers):
             os.kill(pid, signal.SIGSTOP)
