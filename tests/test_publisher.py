@@ -350,10 +350,6 @@ def test_any_interleaving_keeps_every_promise(
 # --- Which messages share a call ------------------------------------------------------------------
 
 
-def test_message_that_comes_alone_goes_at_once() -> None:
-    assert play(1, OK, 1, OK, 1, calls=8).sizes == [1, 1, 1]
-
-
 def test_messages_that_come_during_a_call_share_the_next() -> None:
     requests = play(26)
     requests.end_all()
@@ -413,6 +409,7 @@ def test_fifo_queue_gets_messages_in_order() -> None:
 # All but the first request share a batch, as they come during its call. What is played, what then
 # becomes of the requests, and the sizes of the calls.
 SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
+    "each one alone": ([1, OK, 1, OK, 1], "ss ", [1, 1, 1]),
     "one entry refused": ([4, OK, [SENT, FAULT, SENT]], "ssqs", [1, 3]),
     "two entries to be tried again": ([4, OK, [BUSY, BUSY, SENT]], "s  s", [1, 3, 2]),
     "an entry without an answer": ([4, OK, [LEFT_OUT, SENT, SENT]], "s ss", [1, 3, 1]),
@@ -425,6 +422,7 @@ SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
     "the caller is refused": ([4, OK, "denied"], "sqqq", [1, 3]),
     "the queue is unknown": ([4, OK, "no queue"], "sqqq", [1, 3]),
     "the queue's limit was lowered": ([3, OK, "too large", "too large"], "sm ", [1, 2, 1, 1]),
+    "ten failures that pass": ([1, "throttled", "throttled", OK] * 5, "sssss", [1] * 15),
     "no attempt after its time": ([1, 59.0, "server error", 1.0, "server error"], "q", [1, 1]),
     "a call longer than the wait": ([1, 61.0], " ", [1]),
     "a time-out ends the waiting": ([4, "no answer"], " qqq", [1, 1]),
@@ -542,10 +540,6 @@ def test_ten_failed_calls_in_a_row_open_the_circuit(failure: str) -> None:
     requests.end_call(failure=failure)
     requests.submit()
     assert (requests.outcomes, requests.probes) == ("qqqqq", [])
-
-
-def test_success_between_failures_keeps_the_circuit_closed() -> None:
-    assert play(*[1, "server error", "server error", OK] * 10).outcomes == "s" * 10
 
 
 # --- Logs -----------------------------------------------------------------------------------------
