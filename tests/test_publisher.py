@@ -422,7 +422,7 @@ SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
     "the caller is refused": ([4, OK, "denied"], "sqqq", [1, 3]),
     "the queue is unknown": ([4, OK, "no queue"], "sqqq", [1, 3]),
     "the queue's limit was lowered": ([3, OK, "too large", "too large"], "sm ", [1, 2, 1, 1]),
-    "ten failures that pass": ([1, "throttled", "throttled", OK] * 5, "sssss", [1] * 15),
+    "failures that pass": ([1, "throttled", "throttled", OK] * 10, "s" * 10, [1] * 30),
     "no attempt after its time": ([1, 59.0, "server error", 1.0, "server error"], "q", [1, 1]),
     "a call longer than the wait": ([1, 61.0], " ", [1]),
     "a time-out ends the waiting": ([4, "no answer"], " qqq", [1, 1]),
