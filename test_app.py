@@ -1294,6 +1294,8 @@ def test_log_level_debug_is_for_the_application_alone(log_at: LogAt) -> None:
     # At DEBUG, botocore logs decrypted tokens and message bodies.
     for name in ("", "botocore", "botocore.parsers", "urllib3", "gunicorn.error"):
         assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
+    # It would warn with a traceback each time that credentials are not renewed.
+    assert not logging.getLogger("botocore.credentials").isEnabledFor(logging.WARNING)
 
 
 SECRET_DATA = {name: f"SECRET-{name}" for name in DATA} | {"email_timestream": "1693561101"}

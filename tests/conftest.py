@@ -404,7 +404,7 @@ class NameServer:
         except OSError as error:
             pytest.skip(f"needs the right to listen on port 53: {error}")
         resolv = folder / "resolv.conf"
-        resolv.write_text(f"nameserver {address}\noptions timeout:1 attempts:2\n")
+        resolv.write_text(f"nameserver {address}\n")
         # The file takes the place of the machine's own in a mount namespace of the service's.
         mount = f'mount --bind {resolv} "$(readlink -f /etc/resolv.conf)" && exec "$@"'
         self.command = ("unshare", "--mount", "sh", "-c", mount, "sh")

@@ -196,6 +196,7 @@ def test_every_call_is_signed_as_botocore_signs(
     sqs.get_queue_attributes(QueueUrl="q", AttributeNames=["MaximumMessageSize"])
     client("ssm").get_parameters(Names=["a"], WithDecryption=True)
     assert len(endpoint.requests) == 4
+    assert endpoint.requests[0].headers["X-Amzn-Query-Mode"] == "true", "for its error codes"
     for request in endpoint.requests:
         given = request.headers["Authorization"].rpartition("Signature=")[2]
         assert given == signature(request, endpoint.url, secret)
