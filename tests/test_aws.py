@@ -29,7 +29,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError
-from conftest import BODY, DATA, PARAMETER, PROJECT, Aws, NameServer, environment, eventually
+from conftest import BODY, DATA, PARAMETER, PROJECT, NameServer, environment, eventually
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -202,24 +202,6 @@ def test_every_call_is_signed_as_botocore_signs(
         assert given == signature(request, endpoint.url, secret)
         assert given != signature(request, endpoint.url, "another")
         assert request.headers.get("X-Amz-Security-Token", "") == token
-
-
-def test_message_arrives_as_it_was_sent_by_either_call(
-    aws: Aws, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", aws.endpoint)
-    entry, _ = app.Message('{"a": "\\u00e9 1.10"}', "r", "key").entry(fifo=False)
-    aws.receive()
-    sqs = client()
-    sent = [sqs.send_message(QueueUrl=aws.queue_url, **entry)]
-    batch = sqs.send_message_batch(QueueUrl=aws.queue_url, Entries=[{"Id": "0", **entry}])
-    received = aws.receive()
-    assert {m["MessageId"] for m in received} == {
-        m["MessageId"] for m in [*sent, *batch["Successful"]]
-    }
-    for message in received:
-        assert message["Body"] == entry["MessageBody"]
-        assert message["MessageAttributes"] == entry["MessageAttributes"]
 
 
 # --- Endpoints ------------------------------------------------------------------------------------

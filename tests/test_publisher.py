@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -569,7 +570,7 @@ def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_requests_share_the_first_look_at_the_queue(fails: bool) -> None:
-    asked, end, refused = list[int](), threading.Event(), list[bool]()
+    asked, end = list[int](), threading.Event()
 
     def look(**_: Any) -> dict[str, Any]:
         asked.append(1)
@@ -579,20 +580,11 @@ def test_requests_share_the_first_look_at_the_queue(fails: bool) -> None:
         return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
 
     limit = app.QueueLimit(SimpleNamespace(get_queue_attributes=look), QUEUE)
-
-    def check() -> None:
-        try:
-            limit.bytes()
-        except app.Refusal:
-            refused.append(True)
-        else:
-            refused.append(False)
-
-    threads = [threading.Thread(target=check) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    end.set()
-    for thread in threads:
-        thread.join(60)
-    assert refused == [fails] * 5
-    assert fails or len(asked) == 1
+    with ThreadPoolExecutor(5) as pool:
+        looks = [pool.submit(limit.bytes) for _ in range(5)]
+        end.set()
+    if fails:
+        assert all(isinstance(found.exception(), app.Refusal) for found in looks)
+    else:
+        assert {found.result() for found in looks} == {LIMIT}
+        assert len(asked) == 1
