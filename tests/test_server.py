@@ -250,6 +250,7 @@ SCHEMES = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-S
 ODD = {
     "headers of a neighbour": request_head("GET", "/health", *SCHEMES),
     "SCRIPT_NAME header": request_head("GET", "/health", "SCRIPT_NAME: /x", "PATH_INFO: /y"),
+    "long query": request_head("GET", "/health?" + "x" * 8000),
     "absolute form": request_head("GET", "http://other/health"),
     "no host, HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
 }
