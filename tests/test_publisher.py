@@ -23,6 +23,7 @@ import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, ReadTimeoutError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 import app
 
@@ -563,6 +564,18 @@ def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFix
     ]
     causes = (str(FAILURES["throttled"][0]), FAULT, BUSY)
     assert all(cause in line.cause for cause, line in zip(causes, logged, strict=True))
+
+
+def test_calls_are_counted_by_result_with_their_messages() -> None:
+    def counted() -> list[float]:
+        name, results = "email_processor_sqs_calls_total", ("success", "partial", "unavailable")
+        values = [REGISTRY.get_sample_value(name, {"result": result}) for result in results]
+        return [*values, REGISTRY.get_sample_value("email_processor_sqs_batch_size_sum")]
+
+    before = counted()
+    play(4, OK, [SENT, FAULT, BUSY], "throttled", OK)
+    grown = [now - then for now, then in zip(counted(), before, strict=True)]
+    assert grown == [2, 1, 1, 1 + 3 + 1 + 1]
 
 
 # --- Seeing the queue -----------------------------------------------------------------------------
