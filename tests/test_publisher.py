@@ -581,23 +581,47 @@ def test_calls_are_counted_by_result_with_their_messages() -> None:
 # --- Seeing the queue -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_requests_share_the_first_look_at_the_queue(fails: bool) -> None:
-    asked, end = list[int](), threading.Event()
+class Look:
+    """A queue that is looked at until the end is set, and is then not there, or has its limit."""
 
-    def look(**_: Any) -> dict[str, Any]:
-        asked.append(1)
-        assert end.wait(60)
-        if fails:
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.begun, self.end, self.number = (
+            fails,
+            threading.Event(),
+            threading.Event(),
+            0,
+        )
+        self.limit = app.QueueLimit(self, QUEUE)
+
+    def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
+        self.number += 1
+        self.begun.set()
+        assert self.end.wait(60)
+        if self.fails:
             raise FAILURES["no answer"][0]
         return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
 
-    limit = app.QueueLimit(SimpleNamespace(get_queue_attributes=look), QUEUE)
+
+def test_requests_share_the_first_look_at_the_queue() -> None:
+    look = Look(fails=False)
     with ThreadPoolExecutor(5) as pool:
-        looks = [pool.submit(limit.bytes) for _ in range(5)]
-        end.set()
-    if fails:
-        assert all(isinstance(found.exception(), app.Refusal) for found in looks)
-    else:
-        assert {found.result() for found in looks} == {LIMIT}
-        assert len(asked) == 1
+        found = [pool.submit(look.limit.bytes) for _ in range(5)]
+        look.end.set()
+    assert {each.result() for each in found} == {LIMIT}
+    assert look.number == 1
+
+
+def test_nobody_waits_for_a_queue_that_was_not_there() -> None:
+    look = Look(fails=True)
+    look.end.set()
+    with pytest.raises(app.Refusal):
+        look.limit.bytes()
+    for event in (look.begun, look.end):
+        event.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(look.limit.bytes)
+        assert look.begun.wait(60)
+        other = pool.submit(look.limit.bytes)
+        assert isinstance(other.exception(timeout=20), app.Refusal)
+        assert not first.done()
+        look.end.set()

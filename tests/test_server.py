@@ -227,21 +227,21 @@ def test_rest_behind_a_short_length_is_not_logged(service: Service) -> None:
 
 UNREADABLE = {
     "garbage": b"garbage\r\n\r\n",
-    "huge request line": request_head("GET", "/" + "x" * 9000),
-    "huge header": request_head("GET", "/health", "A: " + "x" * 20_000),
-    "many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
     "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
     "unknown coding": post_head("Transfer-Encoding: secret"),
     "unknown expectation": post_head("Content-Length: 2", "Expect: wonders") + b"{}",
     "bytes in path": "GET /\u00e9 HTTP/1.1\r\n\r\n".encode(),
+    "too long a request line": request_head("GET", "/" + "x" * 9000),
+    "too long a header": request_head("GET", "/health", "A: " + "x" * 20_000),
+    "too many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
 }
 
 
-@pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE)
-def test_what_is_no_http_is_refused_in_json(service: Service, sent: bytes) -> None:
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_is_no_http_is_refused_in_json(service: Service, what: str) -> None:
     with service.connect() as client:
-        answer = client.send(sent).answer()
-        assert answer.error in ("invalid_json", "request_too_large")
+        answer = client.send(UNREADABLE[what]).answer()
+        assert answer.error == ("request_too_large" if "too" in what else "invalid_json")
         assert answer.headers["Connection"] == "close"
         assert client.is_closed()
 
