@@ -329,7 +329,7 @@ def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService) -> N
         os.close(writer)
         ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
         assert service.ask(post()).status == 200
-        assert 500 < service.metrics()[DROPPED] < 2000
+        assert 500 < service.metrics()[DROPPED] < 1500
         (worker,) = service.workers()
         kill(worker)
         eventually(lambda: service.workers() not in ([], [worker]))
