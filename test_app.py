@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import hmac
 import io
-import itertools
 import json
 import logging
 import logging.config
@@ -22,10 +21,10 @@ import string
 import sys
 import threading
 import time
+import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,7 @@ from unittest.mock import Mock
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from moto import mock_aws
 from werkzeug.test import TestResponse
 
@@ -123,7 +122,6 @@ def client_error(code: str, status: int = 400) -> ClientError:
 DOWN = EndpointConnectionError(endpoint_url="https://aws.invalid")
 DENIED = client_error("AccessDeniedException")
 NO_CODE = ClientError({}, "Operation")
-OUTAGES = [DOWN, DENIED, NO_CODE, ValueError("an answer that no parser takes")]
 NO_PARAMETER = {"Parameters": [], "InvalidParameters": [PARAMETER]}
 
 
@@ -135,14 +133,14 @@ def forget_aws(patch: pytest.MonkeyPatch) -> None:
         patch.setenv(name, os.devnull)
 
 
-@pytest.fixture(scope="module")  # as long as it is there, no boto3 client reaches another AWS
-def aws() -> Iterator[SimpleNamespace]:
-    """moto. Each test takes names of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        forget_aws(patch)
-        with mock_aws():
-            clients = {name: boto3.client(name, "us-west-1") for name in ("ssm", "sqs")}
-            yield SimpleNamespace(**clients, count=itertools.count())
+@pytest.fixture
+def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """moto's SQS; no boto3 client reaches another. What moto's server holds for others stays."""
+    forget_aws(monkeypatch)
+    mock = mock_aws()
+    mock.start(reset=False)
+    yield boto3.client("sqs", "us-west-1")
+    mock.stop(remove_data=False)
 
 
 # --- The service, and its client ------------------------------------------------------------------
@@ -169,12 +167,14 @@ class Service:
         options = {"content_type": "application/json", "path": "/process", **options}
         return self.ask("POST", data=BODY if body is None else body, **options)
 
-    def post_stream(self, stream: Any, length: int | None, **options: Any) -> TestResponse:
+    def post_stream(
+        self, stream: Any, length: int | None, path: str = "/process", **environ: Any
+    ) -> TestResponse:
         """A POST as Gunicorn hands it on; without a length, chunked."""
-        environ = {"wsgi.input": stream, "wsgi.input_terminated": True}
+        environ |= {"wsgi.input": stream, "wsgi.input_terminated": True}
         environ |= {"CONTENT_LENGTH": str(length)} if length else {}
         environ |= {} if length else {"HTTP_TRANSFER_ENCODING": "chunked"}
-        return self.post(b"", environ_overrides=environ, **options)
+        return self.post(b"", path=path, environ_overrides=environ)
 
     def refuses(self, code: str, body: bytes | None = None, **options: Any) -> dict[str, Any]:
         """The answer to a POST, which must be that error and leave nothing in the queue."""
@@ -187,6 +187,11 @@ class Service:
         code = self.post(envelope(None, token)).get_json()["error"]
         assert code in ("invalid_data", "invalid_token"), code
         return bool(code == "invalid_data")
+
+    def grown(self, before: dict[str, float]) -> dict[str, float]:
+        """What has come to the metrics since then."""
+        now = self.metrics()
+        return {name: now[name] - before[name] for name in now if now[name] != before[name]}
 
     def metrics(self) -> dict[str, float]:
         lines = self.get("/metrics").get_data(as_text=True).splitlines()
@@ -229,10 +234,10 @@ def refusal(response: TestResponse, code: str) -> dict[str, Any]:
 class Queue:
     """A queue of moto's, the service that fills it, and its consumer."""
 
-    def __init__(self, aws: SimpleNamespace, suffix: str = "", **attributes: str) -> None:
-        self.sqs, name = aws.sqs, f"queue-{next(aws.count)}{suffix}"
-        self.url = self.sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
-        self.service = Service(sqs=aws.sqs, sqs_queue_url=self.url)
+    def __init__(self, sqs: Any, suffix: str = "", **attributes: str) -> None:
+        self.sqs, name = sqs, f"{uuid.uuid4()}{suffix}"
+        self.url = sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
+        self.service = Service(sqs=sqs, sqs_queue_url=self.url)
 
     def only_message(self) -> dict[str, Any]:
         options = {"MaxNumberOfMessages": 10, "MessageAttributeNames": ["All"]}
@@ -242,8 +247,8 @@ class Queue:
 
 
 @pytest.fixture
-def queue(aws: SimpleNamespace) -> Queue:
-    return Queue(aws)
+def queue(moto: Any) -> Queue:
+    return Queue(moto)
 
 
 LogLines = Callable[[], list[dict[str, Any]]]
@@ -284,15 +289,6 @@ def test_valid_request_puts_its_message_into_the_queue(queue: Queue) -> None:
         "message_id": message["MessageId"],
     }
     assert json.loads(message["Body"]) == DATA
-
-
-def test_environment_names_queue_and_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    ssm, sqs = Ssm(**{"/a": "x", "/b": TOKEN}), Sqs()
-    monkeypatch.setenv("SQS_QUEUE_URL", QUEUE_URL + "-2")
-    monkeypatch.setenv("TOKEN_SSM_PARAMETER", "/a,/b")
-    client = app.create_app(ssm=ssm, sqs=sqs).test_client()
-    assert client.post("/process", data=BODY, content_type="application/json").status_code == 200
-    assert sqs.messages[0]["QueueUrl"] == QUEUE_URL + "-2"
 
 
 def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,12 +339,17 @@ def test_not_ready_is_503_that_names_what_is_missing(
 
 def test_ready_turns_200_when_what_was_missing_is_there() -> None:
     service = Service(Ssm(DENIED), Sqs(attributes=DENIED))
-    refusal(service.get("/ready"), "token_store_unavailable")
+    for _ in range(3):
+        refusal(service.get("/ready"), "token_store_unavailable")
+    assert service.ssm.reads == 1, "at most one in five seconds"
     service.ssm.answer = None
-    service.clock.now += 60
+    service.clock.now += 5
     refusal(service.get("/ready"), "queue_unavailable")
     service.sqs.attributes = maximum("1024")
-    assert service.get("/ready").status_code == 200
+    calls = service.sqs.calls
+    for _ in range(3):
+        assert service.get("/ready").status_code == 200
+    assert service.sqs.calls == calls + 1
     assert not service.sqs.messages
 
 
@@ -384,14 +385,11 @@ def test_docs_page_needs_no_other_host(service: Service) -> None:
     assert kinds == ["text/css", "text/javascript"]
 
 
-@pytest.mark.parametrize("path", [*GET_PATHS, "/docs/swagger-ui.css"])
-def test_head_answers_as_get_does(service: Service, path: str) -> None:
-    get, head = service.get(path), service.ask("HEAD", path)
-    assert (head.status_code, head.data) == (get.status_code, b"") == (200, b"")
-    assert head.content_type == get.content_type
-
-
 # --- Metrics --------------------------------------------------------------------------------------
+
+
+def outcomes(**counts: int) -> dict[str, int]:
+    return {f'requests_total{{outcome="{name}"}}': count for name, count in counts.items()}
 
 
 def test_metrics_count_answers_by_outcome(service: Service) -> None:
@@ -400,11 +398,9 @@ def test_metrics_count_answers_by_outcome(service: Service) -> None:
     service.get("/nowhere")
     for token in ("wrong", "wrong", TOKEN):
         service.post(envelope(token=token))
-    after = service.metrics()
     # The reading of the metrics is a success, too.
-    for outcome, number in (("success", 2), ("not_found", 1), ("invalid_token", 2)):
-        name = f'requests_total{{outcome="{outcome}"}}'
-        assert after[name] - before[name] == number
+    counts = outcomes(success=2, not_found=1, invalid_token=2)
+    assert counts.items() <= service.grown(before).items()
 
 
 def test_duration_is_that_of_post_process_alone(service: Service) -> None:
@@ -413,9 +409,9 @@ def test_duration_is_that_of_post_process_alone(service: Service) -> None:
     service.get("/health")
     for body in (BODY, b"{"):
         service.post(body)
-    after = service.metrics()
-    assert after["request_duration_seconds_count"] - before["request_duration_seconds_count"] == 2
-    assert after["request_duration_seconds_sum"] > before["request_duration_seconds_sum"]
+    grown = service.grown(before)
+    assert grown["request_duration_seconds_count"] == 2
+    assert grown["request_duration_seconds_sum"] > 0
 
 
 def test_requests_in_flight_have_no_answer_yet(service: Service) -> None:
@@ -435,7 +431,7 @@ def test_requests_in_flight_have_no_answer_yet(service: Service) -> None:
     [
         ({"MessageId": "m"}, "success"),
         (DOWN, "unavailable"),
-        (client_error("ThrottlingException"), "unavailable"),
+        (ReadTimeoutError(endpoint_url="https://aws.invalid"), "timeout"),
         (client_error("AccessDenied", 403), "refused"),
     ],
 )
@@ -446,13 +442,10 @@ def test_calls_of_sqs_are_counted(service: Service, answer: Any, result: str) ->
 
     service.sqs.sent, before = send, service.metrics()
     service.post()
-    after, calls = service.metrics(), service.sqs.calls - 1
-    for name, each in (
-        (f'sqs_calls_total{{result="{result}"}}', 1),
-        ("sqs_batch_size_sum", 1),
-        ("sqs_call_duration_seconds_sum", 0.012),
-    ):
-        assert after[name] - before[name] == pytest.approx(calls * each)
+    grown, calls = service.grown(before), service.sqs.calls - 1
+    assert grown[f'sqs_calls_total{{result="{result}"}}'] == calls
+    assert grown["sqs_batch_size_sum"] == calls
+    assert grown["sqs_call_duration_seconds_sum"] == pytest.approx(0.012 * calls)
 
 
 def test_circuit_is_shown_as_open_until_sqs_answers() -> None:
@@ -476,7 +469,7 @@ def test_request_id_of_the_caller_is_kept(service: Service, offered: str) -> Non
         assert response.headers.getlist("X-Request-Id") == [offered]
 
 
-@pytest.mark.parametrize("offered", ["", "x" * 129, "a b", "a\u00b2", "<script>", "a\x00"])
+@pytest.mark.parametrize("offered", ["", "x" * 129, "a b", "a\u00b2"])
 def test_malformed_request_id_is_replaced(service: Service, offered: str) -> None:
     headers = {"X-Request-Id": offered}
     ids = {service.get("/", headers=headers).headers["X-Request-Id"] for _ in range(3)}
@@ -484,14 +477,11 @@ def test_malformed_request_id_is_replaced(service: Service, offered: str) -> Non
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) for given in ids)
 
 
-# --- Rule 1: paths and methods --------------------------------------------------------------------
+# --- Paths and methods ----------------------------------------------------------------------------
 
 
-UNKNOWN_PATHS = ["", "/process/", "/Process", "/docs/../app.py", "/docs//swagger-ui.css", "/\xff"]
-UNKNOWN_PATHS += ["//process", "//"]  # and no redirect to /process
-
-
-@pytest.mark.parametrize("path", UNKNOWN_PATHS)
+# And no redirect to a known one.
+@pytest.mark.parametrize("path", ["", "/process/", "/docs//swagger-ui.css", "/\xff", "//process"])
 def test_unknown_path_is_404(service: Service, path: str) -> None:
     # As Gunicorn hands it on: the client would take the first part of //process for a host.
     for method in ("GET", "POST", "OPTIONS"):
@@ -500,33 +490,27 @@ def test_unknown_path_is_404(service: Service, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "method"),
+    ("method", "path", "allowed"),
     [
-        *(("/process", method) for method in ("GET", "OPTIONS", "X")),
-        *(("/", method) for method in ("POST", "OPTIONS", "DELETE")),
-        ("/docs/swagger-ui.css", "POST"),
+        ("GET", "/process", "POST"),
+        ("HEAD", "/process", "POST"),
+        ("OPTIONS", "/process", "POST"),
+        ("POST", "/", "GET, HEAD"),
+        ("X", "/docs/swagger-ui.css", "GET, HEAD"),
     ],
 )
-def test_wrong_method_is_405_with_allow(service: Service, path: str, method: str) -> None:
+def test_wrong_method_is_405_with_allow(
+    service: Service, method: str, path: str, allowed: str
+) -> None:
     response = service.ask(method, path)
-    refusal(response, "method_not_allowed")
-    allowed = {"POST"} if path == "/process" else {"GET", "HEAD"}
-    assert set(response.headers["Allow"].split(", ")) == allowed
+    if method == "HEAD":
+        assert (response.status_code, response.data) == (405, b"")
+    else:
+        refusal(response, "method_not_allowed")
+    assert response.headers["Allow"] == allowed
 
 
-def test_head_of_process_is_405_without_a_body(service: Service) -> None:
-    response = service.ask("HEAD", "/process")
-    assert (response.status_code, response.data) == (405, b"")
-    assert response.headers["Allow"] == "POST"
-
-
-@pytest.mark.parametrize("header", [{"HTTP_HOST": "[::1"}, {"HTTP_UPGRADE": "websocket"}])
-def test_header_that_werkzeug_minds_is_ignored(service: Service, header: dict[str, str]) -> None:
-    environ = {"HTTP_CONNECTION": "Upgrade", **header}
-    assert service.get("/health", environ_overrides=environ).status_code == 200
-
-
-# --- Rules 2 and 3: the body ----------------------------------------------------------------------
+# --- The body -------------------------------------------------------------------------------------
 
 
 each_framing = pytest.mark.parametrize("declared", [True, False], ids=["length", "chunked"])
@@ -557,179 +541,141 @@ RESET = Mock(read=Mock(side_effect=ConnectionResetError))
 
 
 @pytest.mark.parametrize(
-    "stream", [io.BytesIO(), io.BytesIO(BODY), RESET], ids=["nothing", "a whole document", "reset"]
+    ("stream", "length", "late", "code"),
+    [
+        (io.BytesIO(BODY), len(BODY) + 1, False, "invalid_json"),
+        (RESET, len(BODY), False, "invalid_json"),
+        (io.BytesIO(BODY), len(BODY) + 1, True, "request_timeout"),
+        (RESET, None, True, "request_timeout"),
+    ],
 )
-def test_body_shorter_than_its_length_is_400(service: Service, stream: Any) -> None:
-    refusal(service.post_stream(stream, len(BODY) + 1), "invalid_json")
+def test_body_that_breaks_off_is_400_or_when_late_408(
+    service: Service, stream: Any, length: int | None, late: bool, code: str
+) -> None:
+    worker = {"gunicorn.socket": SimpleNamespace(late=late)}
+    refusal(service.post_stream(stream, length, **worker), code)
     assert not service.sqs.messages
 
 
-@pytest.mark.parametrize(("read", "length"), [(b'{"data"', len(BODY)), (OSError(), None)])
-def test_body_that_the_worker_ended_as_late_is_408(
-    service: Service, read: Any, length: int | None
-) -> None:
-    environ = {"gunicorn.socket": SimpleNamespace(late=True)}
-    stream = Mock(read=Mock(side_effect=[read]))
-    environ |= {"wsgi.input": stream, "wsgi.input_terminated": True}
-    environ |= {"CONTENT_LENGTH": str(length)} if length else {"HTTP_TRANSFER_ENCODING": "chunked"}
-    service.refuses("request_timeout", b"", environ_overrides=environ)
+# --- What is accepted, and what is not ------------------------------------------------------------
 
 
-# --- Rules 4 and 5: content type and JSON ---------------------------------------------------------
+def nested(levels: int, level: str) -> bytes:
+    """The request and its data are two of the levels, the innermost list one."""
+    deep = level[:-1] * (levels - 3) + "[]" + level[-1] * (levels - 3)
+    return with_data(f'{{{json.dumps(DATA)[1:-1]}, "deep": {deep}}}')
 
 
-@pytest.mark.parametrize("given", ["application/json; charset=utf-8", "Application/JSON"])
-def test_json_content_type_is_200(service: Service, given: str) -> None:
-    assert service.post(content_type=given).status_code == 200
+def with_timestamp(text: str) -> bytes:
+    return with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
 
 
-@pytest.mark.parametrize("given", [None, "text/plain", "application/x-www-form-urlencoded"])
-def test_other_content_type_is_415(service: Service, given: str | None) -> None:
-    service.refuses("unsupported_media_type", content_type=given)
+def encoded(coding: str, body: bytes = BODY) -> dict[str, Any]:
+    return {"body": body, "headers": {"Content-Encoding": coding}}
 
 
-NOT_JSON_OBJECTS = [
-    *(b"", b"null", b"[]", b"{", b"{}{}", b'{"a": 1,}', b'{"a": 01}', b'{"a": "\x01"}'),
-    *(b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xe9"}', b'{"a": "\xed\xa0\x80"}'),
-    *(BODY.decode().encode(coding) for coding in ("utf-16", "utf-16-le")),
-    *(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000),
-]
+ACCEPTED: dict[str, dict[str, Any]] = {
+    "type with a charset": {"content_type": "application/json; charset=utf-8"},
+    "type in capitals": {"content_type": "Application/JSON"},
+    "empty encoding": encoded(""),
+    "encoding that changes nothing": encoded("Identity, identity"),
+    "byte order mark": {"body": b"\xef\xbb\xbf" + BODY},
+    "100 levels of lists": {"body": nested(100, "[]")},
+    "100 levels of objects": {"body": nested(100, '{"a":}')},
+    "many brackets": {"body": envelope({**DATA, "text": "[{" * 500, "wide": [[], {}] * 500})},
+    "start of 2000": {"body": with_timestamp('"946684800"')},
+    "start of 2000, a number": {"body": with_timestamp("946684800")},
+    "start of 2100": {"body": with_timestamp('"4102444800"')},
+    "timestamp with zeros": {"body": with_timestamp('"00946684800"')},
+    # Werkzeug would refuse these.
+    "malformed Host": {"environ_overrides": {"HTTP_HOST": "[::1"}},
+    "WebSocket": {"headers": {"Connection": "Upgrade", "Upgrade": "websocket"}},
+}
 
 
-@pytest.mark.parametrize("coding", ["", "identity", "Identity", "identity, identity"])
-def test_body_that_is_not_compressed_is_200(service: Service, coding: str) -> None:
-    assert service.post(headers={"Content-Encoding": coding}).status_code == 200
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x-gzip, identity", "aws-chunked"])
-def test_content_encoding_is_415_that_names_it(
-    service: Service, coding: str, compressed: bool
-) -> None:
-    body = gzip.compress(BODY) if compressed else BODY
-    answer = service.refuses("unsupported_media_type", body, headers={"Content-Encoding": coding})
-    assert "Content-Encoding" in answer["message"]
-
-
-def test_compressing_transfer_encoding_is_415(service: Service) -> None:
-    environ = {"HTTP_TRANSFER_ENCODING": "gzip, chunked", "wsgi.input_terminated": True}
-    answer = service.refuses("unsupported_media_type", environ_overrides=environ)
-    assert "Transfer-Encoding" in answer["message"]
-
-
-def test_byte_order_mark_is_ignored(service: Service) -> None:
-    assert service.post(b"\xef\xbb\xbf" + BODY).status_code == 200
-    assert json.loads(service.sqs.messages[0]["MessageBody"]) == DATA
+@pytest.mark.parametrize("options", ACCEPTED.values(), ids=ACCEPTED)
+def test_request_that_keeps_the_rules_is_200(service: Service, options: dict[str, Any]) -> None:
+    assert service.post(**options).status_code == 200
     assert service.sqs.messages[0]["MessageBody"].startswith("{")
 
 
-def test_second_byte_order_mark_is_400(service: Service) -> None:
-    service.refuses("invalid_json", b"\xef\xbb\xbf" * 2 + BODY)
-
-
-@pytest.mark.parametrize("body", NOT_JSON_OBJECTS, ids=lambda body: repr(body[:20]))
-def test_what_is_no_json_object_in_utf8_is_400(service: Service, body: bytes) -> None:
-    service.refuses("invalid_json", body)
-
-
-@pytest.mark.parametrize("level", ["[]", '{"a":}'])
-def test_json_nested_deeper_than_100_levels_is_400(service: Service, level: str) -> None:
-    def nested(levels: int) -> bytes:
-        # The request and its data are two of them, the innermost list one.
-        deep = level[:-1] * (levels - 3) + "[]" + level[-1] * (levels - 3)
-        return with_data(f'{{{json.dumps(DATA)[1:-1]}, "deep": {deep}}}')
-
-    service.refuses("invalid_json", nested(101))
-    assert service.post(nested(100)).status_code == 200
-
-
-def test_many_brackets_that_are_not_deep_are_200(service: Service) -> None:
-    data = {**DATA, "text": "[{" * 500, "wide": [[], {}] * 500}
-    assert service.post(envelope(data)).status_code == 200
-
-
-# --- Rules 6 to 8: the token ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("body", [b"{}", b'{"token": null}', b'{"token": ""}', b'{"Token": "x"}'])
-def test_request_without_a_token_is_401(service: Service, body: bytes) -> None:
-    assert "token" in service.refuses("token_required", body)["message"]
-
-
-WRONG_TOKENS = [
-    *(TOKEN + " ", TOKEN[:-1], TOKEN.lower(), " ", "x" * 100_000),
-    *("\x00", "\ud800", TOKEN + "\udfff", "\u0442\u043e\u045c\u0435\u043d"),
-    *(0, True, [TOKEN], {"token": TOKEN}),
+NOT_JSON_OBJECTS = [
+    *(b"", b"null", b"[]", b"{", b"{}{}", b'{"a": NaN}', b'{"a": -Infinity}', b'{"a": "\xe9"}'),
+    *(BODY.decode().encode("utf-16"), b"\xef\xbb\xbf" * 2 + BODY),
+    *(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000),
+    *(nested(101, "[]"), nested(101, '{"a":}')),
+]
+WRONG_TOKENS = [TOKEN + " ", "x" * 100_000, "\ud800", "\u0442\u043e\u045c\u0435\u043d", 0, [TOKEN]]
+BAD_TIMESTAMPS = [
+    *(
+        '"946684799"',
+        "4102444801",
+        '"-1693561101"',
+        f'"{"1" * 5000}"',
+        "1" * 5000,
+        "-" + "1" * 5000,
+    ),
+    *('"1_693_561_101"', r'" 169\n"', r'"1693561101\n"', '"+169"', '"1e9"', "1e9", "1693561101.0"),
+    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', "true", "[1693561101]"),
+]
+# With what the message says.
+TYPE, TOKEN_PLACE = "unsupported_media_type", "top level of the JSON body"
+REFUSED: list[tuple[str, str, dict[str, Any]]] = [
+    *((TYPE, "Content-Type", {"content_type": given}) for given in (None, "text/plain")),
+    *((TYPE, "Content-Encoding", encoded(coding)) for coding in ("gzip", "x-gzip, identity")),
+    (TYPE, "Content-Encoding", encoded("gzip", gzip.compress(BODY, mtime=0))),
+    (TYPE, "Transfer-Encoding", {"environ_overrides": {"HTTP_TRANSFER_ENCODING": "gzip, chunked"}}),
+    *(("invalid_json", "", {"body": body}) for body in NOT_JSON_OBJECTS),
+    *(("token_required", TOKEN_PLACE, {"body": envelope(token=token)}) for token in (None, "")),
+    ("token_required", TOKEN_PLACE, {"body": b'{"data": {"token": "x"}}'}),
+    ("token_required", TOKEN_PLACE, {"body": b"{}", "headers": {"Authorization": TOKEN}}),
+    *(("invalid_token", "Invalid token", {"body": envelope(DATA, t)}) for t in WRONG_TOKENS),
+    ("invalid_token", "Invalid token", {"body": envelope(None, "wrong")}),
+    ("invalid_token", "Invalid token", {"body": envelope({"email_subject": ""}, "wrong")}),
+    *(("invalid_data", "data", {"body": envelope(data)}) for data in (None, [DATA], "text")),
+    ("invalid_data", "data", {"body": json.dumps({**DATA, "token": TOKEN}).encode()}),
+    *(("invalid_timestamp", "timestamp", {"body": with_timestamp(t)}) for t in BAD_TIMESTAMPS),
 ]
 
 
-@pytest.mark.parametrize(
-    ("headers", "data"),
-    [({"Authorization": f"Bearer {TOKEN}"}, DATA), ({}, {**DATA, "token": TOKEN})],
-)
-def test_token_elsewhere_is_401_that_says_where(
-    service: Service, headers: dict[str, str], data: dict[str, str]
+@pytest.mark.parametrize(("code", "words", "options"), REFUSED, ids=lambda value: ascii(value)[:60])
+def test_request_that_breaks_a_rule_is_refused(
+    service: Service, code: str, words: str, options: dict[str, Any]
 ) -> None:
-    answer = service.refuses("token_required", json.dumps({"data": data}).encode(), headers=headers)
-    assert "top level of the JSON body" in answer["message"]
-
-
-@pytest.mark.parametrize("token", WRONG_TOKENS, ids=lambda token: ascii(token)[:24])
-def test_unknown_token_is_401_and_reveals_no_field_errors(service: Service, token: Any) -> None:
-    for data in (DATA, None, {"email_subject": ""}):
-        answer = service.refuses("invalid_token", envelope(data, token))
-        assert "Invalid token" in answer["message"]
-        assert "email_" not in json.dumps(answer)
+    answer = service.refuses(code, **options)
+    assert words in answer["message"]
+    if code == "invalid_timestamp":
+        error = {"field": "email_timestream", "message": answer["message"]}
+        assert answer["errors"] == [error]
+    else:
+        assert "email_" not in answer["message"], "nothing of the fields without a token"
         assert "errors" not in answer
-
-
-@pytest.mark.parametrize("token", ["\u00e9 or \U0001f600", "x" * 4096], ids=["Unicode", "long"])
-def test_any_token_that_ssm_holds_is_200(token: str) -> None:
-    service = Service(Ssm(**{PARAMETER: token}))
-    assert service.post(envelope(token=token)).status_code == 200
-
-
-@pytest.mark.parametrize(
-    "answer", [*OUTAGES, NO_PARAMETER, {}, {"Parameters": "x"}, {"Parameters": [5]}, []]
-)
-def test_token_that_could_never_be_read_is_503(answer: Any) -> None:
-    service = Service(Ssm(answer))
-    for token in (TOKEN, "wrong"):
-        service.refuses("token_store_unavailable", envelope(None, token))
-
-
-# --- Rules 9 to 11: the data ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "data", [{}, DATA, *({"data": value} for value in (None, [DATA], "", 0, json.dumps(DATA)))]
-)
-def test_data_that_is_no_object_is_400(service: Service, data: dict[str, Any]) -> None:
-    body = json.dumps({"token": TOKEN, **data}).encode()
-    assert "data" in service.refuses("invalid_data", body)["message"]
 
 
 ABSENT = object()
 BAD_FIELDS = [
-    *((field, ABSENT) for field in DATA),
-    *((field, "") for field in DATA),
-    ("email_content", "\t\r\n \u00a0\u2003\u3000"),
-    *(("email_subject", value) for value in ("\u200b", "\ufeff", " \u2060\x00\u202e\x85 ")),
-    ("email_content", "\u200d" * 300_000),
-    *(("email_sender", value) for value in (None, 0, True, ["a"], {})),
+    ("email_subject", ABSENT, "missing"),
+    ("email_timestream", ABSENT, "missing"),
+    ("email_sender", None, "missing"),
+    ("email_sender", "", "empty"),
+    ("email_timestream", "", "empty"),
+    ("email_content", "\t\r\n \u00a0\u2003\u3000", "empty"),
+    ("email_subject", " \u2060\x00\u202e\x85 \u200b\ufeff", "empty"),
+    ("email_content", "\u200d" * 300_000, "empty"),
+    ("email_sender", 0, "not a string"),
+    ("email_sender", ["a"], "not a string"),
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
-def test_bad_field_is_400_that_names_it(service: Service, field: str, value: Any) -> None:
+@pytest.mark.parametrize(("field", "value", "problem"), BAD_FIELDS)
+def test_bad_field_is_400_that_names_it(
+    service: Service, field: str, value: Any, problem: str
+) -> None:
     data = {name: v for name, v in {**DATA, field: value}.items() if v is not ABSENT}
     answer = service.refuses("invalid_data", envelope(data))
-    (error,) = answer["errors"]
-    assert set(error) == {"field", "message"}
-    assert error["field"] == field
-    for message in (answer["message"], error["message"]):
-        assert field in message
-        assert ("empty" in message) == isinstance(value, str)
+    assert answer["errors"] == [{"field": field, "message": answer["message"]}]
+    assert field in answer["message"]
+    assert problem in answer["message"]
 
 
 def test_all_bad_fields_are_listed_at_once(service: Service) -> None:
@@ -739,32 +685,17 @@ def test_all_bad_fields_are_listed_at_once(service: Service) -> None:
     assert all(error["message"] in answer["message"] for error in answer["errors"])
 
 
-def with_timestamp(text: str) -> bytes:
-    return with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
+@pytest.mark.parametrize("token", ["\u00e9 or \U0001f600", "x" * 4096], ids=["Unicode", "long"])
+def test_any_token_that_ssm_holds_is_200(token: str) -> None:
+    service = Service(Ssm(**{PARAMETER: token}))
+    assert service.post(envelope(token=token)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "text", ['"946684800"', '"4102444800"', "946684800", "4102444800", '"00946684800"']
-)
-def test_timestamp_from_2000_to_2100_is_200(service: Service, text: str) -> None:
-    assert service.post(with_timestamp(text)).status_code == 200
-
-
-BAD_TIMESTAMPS = [
-    *('"946684799"', '"4102444801"', '"-1693561101"', f'"{"1" * 5000}"'),
-    *("946684799", "4102444801", "-1693561101", "1" * 5000, "-" + "1" * 5000, "1e400"),
-    *('"1_693_561_101"', r'" 169\n"', '" 1693561101"', r'"1693561101\n"', r'"1693561101\u0000"'),
-    *('"+169"', '"1e9"', "1e9", '"1693561101.0"', "1693561101.0", '"2023-09-01T09:38:21Z"'),
-    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', '"169356110\u00b9"'),
-    *("true", "[1693561101]", "{}"),
-]
-
-
-@pytest.mark.parametrize("text", BAD_TIMESTAMPS, ids=lambda text: ascii(text)[1:25])
-def test_bad_timestamp_is_400(service: Service, text: str) -> None:
-    answer = service.refuses("invalid_timestamp", with_timestamp(text))
-    assert "timestamp" in answer["message"]
-    assert answer["errors"] == [{"field": "email_timestream", "message": answer["message"]}]
+@pytest.mark.parametrize("answer", [DOWN, NO_CODE, NO_PARAMETER, {}, {"Parameters": [5]}])
+def test_token_that_could_never_be_read_is_503(answer: Any) -> None:
+    service = Service(Ssm(answer))
+    for token in (TOKEN, "wrong"):
+        service.refuses("token_store_unavailable", envelope(None, token))
 
 
 # --- The order of the checks ----------------------------------------------------------------------
@@ -827,21 +758,6 @@ def test_message_one_byte_over_the_limit_is_413(content: str, key: str) -> None:
     assert str(size - 1) in message
 
 
-@pytest.mark.parametrize("limit", [1024, 1_048_576])
-def test_limit_is_the_queues_own(aws: SimpleNamespace, limit: int) -> None:
-    queue = Queue(aws, MaximumMessageSize=str(limit))
-    for size, status in ((limit - 500, 200), (limit, 413)):
-        data = {**DATA, "email_content": "x" * (size - len(json.dumps(DATA)))}
-        assert queue.service.post(envelope(data)).status_code == status
-    assert queue.only_message()
-
-
-def test_limit_is_asked_for_once(service: Service) -> None:
-    for _ in range(3):
-        service.post()
-    assert service.sqs.calls == 1 + 3
-
-
 def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
     assert queue.service.post().status_code == 200
     attributes = {"MaximumMessageSize": "1024"}
@@ -852,34 +768,19 @@ def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
 # --- Rule 13: the queue ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", OUTAGES)
-@pytest.mark.parametrize("operation", ["sent", "attributes"])
-def test_queue_that_fails_is_503_until_it_answers(operation: str, error: Exception) -> None:
-    service = Service(sqs=Sqs(**{operation: error}))
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [
+        *(("sent", answer) for answer in (DOWN, NO_CODE, {}, {"MessageId": None}, [])),
+        *(("attributes", answer) for answer in (DENIED, {}, {"Attributes": "x"}, maximum("x"))),
+    ],
+)
+def test_queue_that_fails_is_503_until_it_answers(operation: str, answer: Any) -> None:
+    service = Service(sqs=Sqs(**{operation: answer}))
     assert "as AWS puts it" not in service.refuses("queue_unavailable")["message"]
     service.clock.now += 1
     service.sqs.sent, service.sqs.attributes = {"MessageId": "later"}, maximum("1024")
     assert service.post().get_json()["message_id"] == "later"
-
-
-@pytest.mark.parametrize(
-    ("operation", "answer"),
-    [
-        *(("sent", answer) for answer in ({}, {"MessageId": ""}, {"MessageId": None}, [])),
-        *(
-            ("attributes", answer)
-            for answer in ({}, {"Attributes": "x"}, maximum("x"), maximum([]))
-        ),
-    ],
-)
-def test_garbled_answer_of_sqs_is_503(operation: str, answer: Any) -> None:
-    Service(sqs=Sqs(**{operation: answer})).refuses("queue_unavailable")
-
-
-def test_queue_that_does_not_exist_is_503(aws: SimpleNamespace) -> None:
-    service = Service(sqs=aws.sqs)
-    refusal(service.post(), "queue_unavailable")
-    refusal(service.get("/ready"), "queue_unavailable")
 
 
 # --- Rule 14: the unforeseen ----------------------------------------------------------------------
@@ -952,11 +853,12 @@ def test_mismatch_causes_one_read_every_five_seconds(cached: Service) -> None:
 
 @pytest.mark.parametrize("passed", [5, 60])
 def test_rotated_token_ends_the_old_one(cached: Service, passed: float) -> None:
-    cached.ssm.values = {"/old": "new"}
+    cached.ssm.values, before = {"/old": "new"}, cached.metrics()
     cached.clock.now += passed
     if passed < 60:
         assert cached.accepts("new"), "at once"
     assert not cached.accepts("old")
+    assert cached.grown(before)['token_reads_total{result="success"}'] == 1
 
 
 def test_token_of_each_parameter_is_accepted() -> None:
@@ -967,12 +869,10 @@ def test_token_of_each_parameter_is_accepted() -> None:
 STORED = [
     ("SecureString", "s3 cr3t\n", ["s3 cr3t"], "white space"),
     ("SecureString", "\ufeffs3cr3t \r\n", ["s3cr3t"], "white space"),
-    ("SecureString", "'s3cr3t'", ["'s3cr3t'"], "quotes"),
-    ("SecureString", '"s3cr3t"\n', ['"s3cr3t"'], "quotes"),
+    ("SecureString", "'s3cr3t'\n", ["'s3cr3t'"], "quotes"),
     ("SecureString", " \n", [], "no token"),
     ("String", "s3cr3t", ["s3cr3t"], "not encrypted"),
-    ("StringList", "a,b", ["a", "b"], "not encrypted"),
-    ("StringList", "a, b\n", ["a", "b"], "white space"),
+    ("StringList", "a, b\n", ["a", "b"], "not encrypted"),
 ]
 
 
@@ -985,17 +885,16 @@ def test_stored_value_counts_as_it_was_meant(
     answer = {"Parameters": [parameter, good], "InvalidParameters": []}
     service = Service(Ssm(answer), token_ssm_parameter=("/a/name", "/b"))
     lines = log_at("INFO")
-    assert [token for token in [*tokens, "good"] if not service.accepts(token)] == []
-    if kind == "StringList" or stored.strip() != stored:
-        assert not stored.strip() or not service.accepts(stored)
+    assert all(service.accepts(token) for token in [*tokens, "good"])
+    assert stored in tokens or not service.accepts(stored)
     service.clock.now += 1000
     service.accepts("good")  # read again: no second warning
     warned = [line for line in lines() if line["level"] == "WARNING"]
-    assert all(line["parameters"] == ["/a/name"] for line in warned)
+    assert {tuple(line["parameters"]) for line in warned} == {("/a/name",)}
     texts = [line["message"] for line in warned]
     assert len(texts) == len(set(texts))
-    assert any(warning in text for text in texts)
-    assert not any(token in text for token in tokens if len(token) > 1 for text in texts)
+    assert warning in " ".join(texts)
+    assert "cr3t" not in " ".join(texts)
 
 
 def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -1010,25 +909,19 @@ def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixtur
     assert warning.__dict__["parameters"] == ["/b"]
 
 
-def test_only_parameter_deleted_is_no_outage(aws: SimpleNamespace) -> None:
-    name = f"/token/{next(aws.count)}"
-    service = Service(aws.ssm, token_ssm_parameter=(name,))
-    refusal(service.post(), "token_store_unavailable")
-    service.clock.now += 5
-    aws.ssm.put_parameter(Name=name, Value="old", Type="SecureString")
-    assert service.accepts("old")
-    service.clock.now += 60
-    aws.ssm.delete_parameter(Name=name)
-    assert not service.accepts("old")
-    service.clock.now += 5
-    aws.ssm.put_parameter(Name=name, Value="again", Type="SecureString")
-    assert service.accepts("again")
+def test_only_parameter_deleted_is_no_outage(cached: Service) -> None:
+    cached.ssm.answer = {"Parameters": [], "InvalidParameters": ["/old"]}
+    cached.clock.now += 60
+    assert not cached.accepts("old")
+    cached.ssm.answer = None
+    cached.clock.now += 5
+    assert cached.accepts("old")
 
 
 NO_WORD_OF_IT = {"Parameters": [], "InvalidParameters": []}
 
 
-@pytest.mark.parametrize("answer", [*OUTAGES, {}, NO_WORD_OF_IT])
+@pytest.mark.parametrize("answer", [DOWN, DENIED, {}, NO_WORD_OF_IT])
 def test_last_known_token_works_while_ssm_fails(
     cached: Service, caplog: pytest.LogCaptureFixture, answer: Any
 ) -> None:
@@ -1038,13 +931,9 @@ def test_last_known_token_works_while_ssm_fails(
     cached.clock.now += 1000
     assert cached.accepts("old")
     assert not cached.accepts("guess")
-    after = cached.metrics()
-    for name, grown in (
-        ('token_reads_total{result="failure"}', 1),
-        ('token_reads_total{result="success"}', 0),
-        ("token_read_timestamp_seconds", 0),
-    ):
-        assert after[name] - before[name] == grown
+    grown = cached.grown(before)
+    assert grown['token_reads_total{result="failure"}'] == 1
+    assert not {'token_reads_total{result="success"}', "token_read_timestamp_seconds"} & {*grown}
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.__dict__["cause"]
 
@@ -1068,18 +957,6 @@ def test_slow_failure_of_ssm_costs_a_request_one_read() -> None:
     service = Service(Ssm(hang))
     service.refuses("token_store_unavailable")
     assert service.ssm.reads == 1
-
-
-def test_token_that_can_be_read_at_last_works() -> None:
-    service, before = Service(Ssm(DOWN)), Service().metrics()
-    for _ in range(3):
-        service.refuses("token_store_unavailable")
-    assert service.ssm.reads == 1
-    service.ssm.answer = None
-    service.clock.now += 5
-    assert service.accepts(TOKEN)
-    successes = 'token_reads_total{result="success"}'
-    assert service.metrics()[successes] == before[successes] + 1
 
 
 class ReadUnderWay:
@@ -1165,10 +1042,10 @@ def text_values(text: str) -> Any:
     ],
     ids=["numbers", "nesting", "escapes", "characters"],
 )
-def test_body_is_the_data_unchanged_in_ascii(queue: Queue, more: str) -> None:
+def test_body_is_the_data_unchanged_in_ascii(service: Service, more: str) -> None:
     text = f'{{{json.dumps(DATA)[1:-1]}, "email_timestream": 1693561101, {more}}}'
-    assert queue.service.post(with_data(text)).status_code == 200
-    body = queue.only_message()["Body"]
+    assert service.post(with_data(text)).status_code == 200
+    body = service.sqs.messages[0]["MessageBody"]
     assert text_values(body) == text_values(text)
     assert not re.search(r"[^\t\n\r -~\x7f]", body), "SQS takes no other control characters"
 
@@ -1176,14 +1053,11 @@ def test_body_is_the_data_unchanged_in_ascii(queue: Queue, more: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '\n{ "token"\t:\r\nTOKEN ,"data" \n:\t DATA\n}\n',
-        '{"other": {"data": DECOY}, "data": DATA, "more": [{"data": DECOY}], "token": TOKEN}',
-        '{"data": DECOY, "token": "x", "token": TOKEN, "data": DATA}',
-        r'{"Data": DECOY, " data": DECOY, "d\u0061ta": DATA, "token": TOKEN}',
+        '{"other": {"data": DECOY}, "data": DECOY, "data": DATA, "token": "x", "token": TOKEN}',
+        r'{"Data": DECOY, " data": DECOY, "d\u0061ta": DATA, "more": {"data": 1}, "token": TOKEN}',
         r'{"a": "data", "b": "\"data\": {}", "data": DATA, "c": "\\", "token": TOKEN}',
-        '{"a": -1.5e3, "b": null, "c": [], "d": {}, "data": DATA, "e": "", "token": TOKEN}',
     ],
-    ids=["white space", "nested", "twice", "escaped name", "in strings", "other values"],
+    ids=["twice", "escaped name", "in strings"],
 )
 def test_data_is_found_wherever_it_stands(service: Service, text: str) -> None:
     decoy = {**DATA, "email_subject": "decoy"}
@@ -1198,10 +1072,11 @@ def attributes_of(message: dict[str, Any]) -> dict[str, str]:
     return {name: value["StringValue"] for name, value in message["MessageAttributes"].items()}
 
 
-def test_attributes_tell_about_the_request(queue: Queue) -> None:
+def test_message_tells_about_its_request(queue: Queue) -> None:
     headers = {"X-Request-Id": "r-1", "Idempotency-Key": " order 1843/\u00e9 "}
-    assert queue.service.post(headers=headers).status_code == 200
-    attributes = attributes_of(queue.only_message())
+    assert queue.service.post(headers={**headers, "X-Amzn-Trace-Id": TRACE}).status_code == 200
+    message = queue.only_message()
+    attributes = attributes_of(message)
     processed = datetime.fromisoformat(attributes.pop("ProcessedAt"))
     assert abs(datetime.now(UTC) - processed) < timedelta(minutes=5)
     assert processed.utcoffset() == timedelta(0)
@@ -1210,19 +1085,17 @@ def test_attributes_tell_about_the_request(queue: Queue) -> None:
         "RequestId": "r-1",
         "IdempotencyKey": "order 1843/\u00e9",
     }
+    assert message["Attributes"]["AWSTraceHeader"] == TRACE
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "  "}], ids=["no key", "blank key"])
-def test_no_idempotency_key_is_no_attribute(service: Service, headers: dict[str, str]) -> None:
+def test_message_has_nothing_that_is_not_needed(service: Service, headers: dict[str, str]) -> None:
     response = service.post(headers=headers)
-    attributes = attributes_of(service.sqs.messages[0])
+    (message,) = service.sqs.messages
+    attributes = attributes_of(message)
+    assert set(message) == {"QueueUrl", "MessageBody", "MessageAttributes"}
     assert set(attributes) == {"ContentType", "ProcessedAt", "RequestId"}
     assert attributes["RequestId"] == response.headers["X-Request-Id"]
-
-
-def test_trace_header_of_the_alb_goes_on_through_the_queue(queue: Queue) -> None:
-    assert queue.service.post(headers={"X-Amzn-Trace-Id": TRACE}).status_code == 200
-    assert queue.only_message()["Attributes"]["AWSTraceHeader"] == TRACE
 
 
 SELF = f"Self={TRACE_ID};{TRACE};CalledFrom=app"
@@ -1235,7 +1108,6 @@ LINEAGE = f"{TRACE};Sampled=1;Lineage=a87bd80c:0|68fd508a:5|c512fbe3:2"
         (SELF, SELF),
         (LINEAGE, LINEAGE),
         ("Root=1-67891233-ABCDEF", None),
-        ("Parent=53995c3f42cd8ad8", None),
         (f"{TRACE};a=\u00e9", None),
         (f"{TRACE};a=" + "b" * 1024, None),
     ],
@@ -1251,8 +1123,8 @@ def test_well_formed_trace_header_goes_on(
     assert lines()[0].get("trace_id") == (passed_on and TRACE_ID)
 
 
-def test_fifo_queue_drops_a_repeated_idempotency_key(aws: SimpleNamespace) -> None:
-    queue = Queue(aws, ".fifo", FifoQueue="true")
+def test_fifo_queue_drops_a_repeated_idempotency_key(moto: Any) -> None:
+    queue = Queue(moto, ".fifo", FifoQueue="true")
     for request_id in ("r-1", "r-2"):
         headers = {"X-Request-Id": request_id, "Idempotency-Key": "k-1"}
         assert queue.service.post(headers=headers).status_code == 200
@@ -1261,19 +1133,9 @@ def test_fifo_queue_drops_a_repeated_idempotency_key(aws: SimpleNamespace) -> No
     assert attributes["MessageDeduplicationId"] == "k-1"
 
 
-def test_shared_request_id_drops_no_message(aws: SimpleNamespace) -> None:
-    queue = Queue(aws, ".fifo", FifoQueue="true")
-    for _ in range(3):
-        assert queue.service.post(headers={"X-Request-Id": "shared"}).status_code == 200
-    attributes = {"QueueUrl": queue.url, "AttributeNames": ["ApproximateNumberOfMessages"]}
-    found = queue.sqs.get_queue_attributes(**attributes)["Attributes"]
-    assert found["ApproximateNumberOfMessages"] == "3"
-
-
 @pytest.mark.parametrize(
     ("sent", "arrives"),
     [
-        ("é-1".encode(), "é-1"),
         ("名".encode(), "名"),
         (b"\xe9-1", "é-1"),
         (b" k ", "k"),
@@ -1290,16 +1152,12 @@ def test_deduplication_id_is_one_that_sqs_takes() -> None:
     service = Service(sqs_queue_url=QUEUE_URL + ".fifo")
     keys = [string.punctuation, "x" * 128, "x" * 129, "x" * 130, "a b", "a\u00e9", "", ""]
     for key in keys:
-        assert service.post(headers={"Idempotency-Key": key}).status_code == 200
+        headers = {"Idempotency-Key": key, "X-Request-Id": "shared"}
+        assert service.post(headers=headers).status_code == 200
     ids = [message["MessageDeduplicationId"] for message in service.sqs.messages]
     assert ids[:2] == keys[:2]
     assert len(set(ids)) == len(keys), "each request without a key has an id of its own"
     assert all(re.fullmatch(r"[!-~]{1,128}", given) for given in ids)
-
-
-def test_message_for_a_standard_queue_has_no_fifo_fields(service: Service) -> None:
-    service.post(headers={"Idempotency-Key": "k-1"})
-    assert set(service.sqs.messages[0]) == {"QueueUrl", "MessageBody", "MessageAttributes"}
 
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -1338,13 +1196,13 @@ BAD_SETTINGS = {
     "SQS_QUEUE_URL": [" ", "dev-CP-queue", "https://a/", "https://a b/c"],
     "AWS_REGION": ["US-WEST-1", "us-west-1a"],
     "TOKEN_SSM_PARAMETER": ["/a,", "/a b", "/\u00e9", TEN_NAMES + ",/10"],
-    "PORT": ["x", "-1", "0", "65536", "+5", "1_0", "1e3", "\u0665", "80.5", "9" * 5000],
+    "PORT": ["x", "0", "65536", "+5", "1_0", "\u0665", "80.5", "9" * 5000],
     "GUNICORN_WORKERS": ["65"],
     "GUNICORN_THREADS": ["257"],
     "MAX_REQUEST_BYTES": ["1073741825"],
     "BODY_TIMEOUT_SECONDS": ["0.99", "61", "nan"],
     "SQS_CALLS_IN_FLIGHT": ["65"],
-    "TOKEN_CACHE_SECONDS": ["1m", "3601"],
+    "TOKEN_CACHE_SECONDS": ["3601"],
     "LOG_LEVEL": ["TRACE"],
 }
 
@@ -1388,23 +1246,20 @@ def test_request_gives_one_line_with_documented_fields(service: Service, log_at:
 
 
 @pytest.mark.parametrize("failing", ["token", "queue", "message"])
-@pytest.mark.parametrize("headers", [{}, {"X-Amzn-Trace-Id": TRACE}], ids=["untraced", "traced"])
-def test_every_line_of_a_request_tells_its_id_and_trace(
-    log_at: LogAt, failing: str, headers: dict[str, str]
-) -> None:
+def test_every_line_of_a_request_tells_its_id_and_trace(log_at: LogAt, failing: str) -> None:
     def fail(**_: Any) -> None:
         logging.getLogger("botocore").error("another library's, inside of the request")
         raise DENIED
 
     ssm = Ssm(fail if failing == "token" else None)
-    sqs = Sqs(fail, fail if failing == "queue" else None)
+    service = Service(ssm, Sqs(fail, fail if failing == "queue" else None))
     lines = log_at("INFO")
-    assert Service(ssm, sqs).post(headers={"X-Request-Id": "r-1", **headers}).status_code == 503
+    headers = {"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE}
+    assert service.post(headers=headers).status_code == 503
     logging.getLogger("botocore").error("another library's, outside of it")
     *inside, outside = lines()
     assert {"botocore", "email_processor"} == {line["logger"] for line in inside}
-    assert {line["request_id"] for line in inside} == {"r-1"}
-    assert {line.get("trace_id") for line in inside} == {TRACE_ID if headers else None}
+    assert {(line["request_id"], line["trace_id"]) for line in inside} == {("r-1", TRACE_ID)}
     assert not {"request_id", "trace_id"} & outside.keys()
 
 
@@ -1420,7 +1275,7 @@ def test_5xx_is_logged_as_an_error_with_its_cause(log_at: LogAt) -> None:
 LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
 def test_log_level_chooses_what_is_logged(log_at: LogAt, level: str) -> None:
     service = Service(sqs=Sqs(DENIED), token_ssm_parameter=(PARAMETER, "/missing"))
     lines, quiet = log_at(level), ["/health", "/ready", "/metrics"]
@@ -1439,6 +1294,8 @@ def test_log_level_debug_is_for_the_application_alone(log_at: LogAt) -> None:
     # At DEBUG, botocore logs decrypted tokens and message bodies.
     for name in ("", "botocore", "botocore.parsers", "urllib3", "gunicorn.error"):
         assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
+    # It would warn with a traceback each time that credentials are not renewed.
+    assert not logging.getLogger("botocore.credentials").isEnabledFor(logging.WARNING)
 
 
 SECRET_DATA = {name: f"SECRET-{name}" for name in DATA} | {"email_timestream": "1693561101"}
@@ -1446,7 +1303,6 @@ SECRET = envelope(SECRET_DATA, "SECRET-token")
 QUOTING = ValueError("no JSON: SECRET-token SECRET-email_content")  # as some parsers do
 SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("success", SECRET, {}),
-    ("request_too_large", SECRET + b" " * 9000, {}),
     ("invalid_json", SECRET[:-1], {}),
     ("invalid_json", SECRET.replace(b"SECRET", b"SECRET\xff"), {}),
     ("invalid_token", envelope(SECRET_DATA, "SECRET-guess"), {}),
@@ -1454,7 +1310,6 @@ SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("invalid_timestamp", SECRET.replace(b"1693561101", b"SECRET"), {}),
     ("message_too_large", SECRET.replace(b"SECRET-email_sender", b"SECRET" * 400), {}),
     ("token_store_unavailable", SECRET, {"ssm": QUOTING}),
-    ("token_store_unavailable", SECRET, {"ssm": {"Parameters": ["SECRET-token"]}}),
     ("queue_unavailable", SECRET, {"attributes": maximum("SECRET")}),
     ("queue_unavailable", SECRET, {"sent": QUOTING}),
 ]
@@ -1467,21 +1322,23 @@ def test_no_log_line_holds_a_token_or_a_field(
     lines = log_at("DEBUG")
     ssm = Ssm(failing.get("ssm"), **{PARAMETER: "SECRET-token"})
     sqs = Sqs(failing.get("sent"), failing.get("attributes", maximum("2048")))
-    answer = Service(ssm, sqs, max_request_bytes=8000).post(body).get_json()
+    answer = Service(ssm, sqs).post(body).get_json()
     assert answer.get("error", "success") == code
     logged = lines()
     assert logged[-1]["path"] == "/process"
     assert "SECRET" not in json.dumps([answer, *logged])
 
 
-@contextmanager
-def log_into_a_pipe(monkeypatch: pytest.MonkeyPatch, lines: int = 3) -> Iterator[tuple[Any, Any]]:
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[app.LogHandler, Any]]:
     """A log whose standard output is a pipe with room for a few lines; and the pipe's other end."""
     reader, writer = os.pipe()
     with open(reader, "rb", 0) as reading, open(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        handler = app.LogHandler(lines)
-        yield handler, reading
+        yield app.LogHandler(lines=3), reading
+
+
+Pipe = tuple[app.LogHandler, Any]
 
 
 def record(message: str) -> logging.LogRecord:
@@ -1493,56 +1350,49 @@ LONG = "x" * 4000
 
 def fill(handler: app.LogHandler) -> int:
     """Log until a line is dropped; how many were not."""
-    before, number = app.LOG_LINES_DROPPED.collect(), 0
-    while app.LOG_LINES_DROPPED.collect() == before:
+    before = app.LOG_LINES_DROPPED.collect()
+    for number in range(1000):
         handler.handle(record(LONG))
-        number += 1
-    return number - 1
+        if app.LOG_LINES_DROPPED.collect() != before:
+            return number
+    raise AssertionError("none was dropped")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX, which forks")
-def test_log_before_the_fork_drops_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    with log_into_a_pipe(monkeypatch) as (handler, reading):
-        written = fill(handler)
-        handler.handle(record(LONG))
-        output = b""
-        while output.count(b"\n") < written:
-            output += reading.read(65_536)
-        assert output == (LONG + "\n").encode() * written
-        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s %(lines)s"))
-        handler.handle(logging.makeLogRecord({"msg": "next", "levelname": "INFO", "lines": 0}))
-        assert reading.read(65_536) == b"INFO next 0\nWARNING log lines dropped 2\n"
+def test_log_before_the_fork_drops_what_does_not_fit(pipe: Pipe) -> None:
+    handler, reading = pipe
+    written = fill(handler)
+    handler.handle(record(LONG))
+    output = b""
+    while output.count(b"\n") < written:
+        output += reading.read(65_536)
+    assert output == (LONG + "\n").encode() * written
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s %(lines)s"))
+    handler.handle(logging.makeLogRecord({"msg": "next", "levelname": "INFO", "lines": 0}))
+    assert reading.read(65_536) == b"INFO next 0\nWARNING log lines dropped 2\n"
 
 
-def test_log_in_a_thread_drops_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    with log_into_a_pipe(monkeypatch) as (handler, reading):
-        handler.start()
-        written, output = fill(handler), b""
-        while output.count(b"\n") < written + 1:
-            output += reading.read(65_536)
-        assert output.count(f"{LONG}\n".encode()) == written
-        assert output.count(b"log lines dropped\n") == 1
-
-
-def test_log_in_a_thread_is_written_by_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    with log_into_a_pipe(monkeypatch) as (handler, reading):
-        handler.start()
-        for text in ("one", "two", "three"):
-            handler.handle(record(text))
-        handler.flush()
-        assert reading.read(65_536) == b"one\ntwo\nthree\n"
+def test_log_in_a_thread_drops_what_does_not_fit(pipe: Pipe) -> None:
+    handler, reading = pipe
+    handler.start()
+    written, output = fill(handler), b""
+    assert written < 20, "the pipe has room for 16, the queue for 3"
+    while output.count(b"\n") < written + 1:
+        output += reading.read(65_536)
+    assert output.count(f"{LONG}\n".encode()) == written
+    assert output.count(b"log lines dropped\n") == 1
 
 
 @pytest.mark.parametrize("closed", ["by its reader", "before the start"])
 def test_log_that_is_closed_is_dropped_in_silence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], closed: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipe: Pipe, closed: str
 ) -> None:
-    with log_into_a_pipe(monkeypatch) as (handler, reading):
-        if closed == "before the start":
-            monkeypatch.setattr(sys, "stdout", None)
-            handler = app.LogHandler()
-        reading.close()
-        assert fill(handler) == 0
+    handler, reading = pipe
+    if closed == "before the start":
+        monkeypatch.setattr(sys, "stdout", None)
+        handler = app.LogHandler()
+    reading.close()
+    assert fill(handler) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -1571,12 +1421,18 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> int:
     return port
 
 
-def test_busy_port_stops_the_local_server(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
-    with socket.create_server(("", free_port)), pytest.raises(SystemExit, match=f"{free_port}: "):
+def test_busy_port_stops_the_local_server(free_port: int) -> None:
+    with socket.create_server(("", free_port)), pytest.raises(SystemExit) as stopped:
         app.main()
+    assert re.fullmatch(f"Port {free_port}: .+ PORT=.+", str(stopped.value))
+
+
+@pytest.mark.usefixtures("free_port")
+def test_bad_variable_stops_the_local_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORT", "x")
-    with pytest.raises(SystemExit, match="PORT must be"):
+    with pytest.raises(SystemExit) as stopped:
         app.main()
+    assert re.fullmatch("PORT must be .+", str(stopped.value))
 
 
 @pytest.mark.usefixtures("free_port")

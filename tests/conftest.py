@@ -12,8 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -32,17 +33,7 @@ import app  # noqa: E402 - the path comes first
 
 # What the caller's shell has set for other things must not reach a test, nor what it starts.
 SETTINGS = {field.name.upper() for field in dataclasses.fields(app.Settings)}
-FOREIGN = (
-    "AWS_",
-    "API_",
-    "FORWARDED_",
-    "GUNICORN_",
-    "PIP_",
-    "PROMETHEUS_",
-    "PYTHON",
-    "UV_",
-    "WEB_",
-)
+FOREIGN = "AWS_", "API_", "FORWARDED_", "GUNICORN_", "PIP_", "PROMETHEUS_", "PYTHON", "UV_", "WEB_"
 for name in list(os.environ):
     if name in SETTINGS or name.startswith(FOREIGN) or name.lower().endswith("_proxy"):
         del os.environ[name]
@@ -79,7 +70,7 @@ def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
 @dataclass
 class Answer:
     status: int
-    headers: http.client.HTTPMessage
+    headers: http.client.HTTPMessage | dict[str, str]
     body: bytes
 
     @property
@@ -100,14 +91,28 @@ class Answer:
             assert app.ERRORS[self.error][0] == self.status
             assert self.json["message"]
             assert self.json["request_id"] == self.headers["X-Request-Id"]
+            for problem in self.json.get("errors", []):
+                assert self.error in ("invalid_data", "invalid_timestamp")
+                assert problem["field"] in DATA
+                assert problem["message"] in self.json["message"]
         return self
 
 
 class Client:
     """One connection. Nothing is sent but what the test sends, and every wait is bounded."""
 
-    def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+    def __init__(self, port: int, host: str = "127.0.0.1", buffer: int = 0) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.sock.settimeout(WAIT)
+        if buffer:  # of few bytes, as from afar: on loopback the kernel would take all at once
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
+        try:
+            self.sock.connect((host, port))
+        except OSError:
+            self.sock.close()
+            raise
         self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Client:
@@ -134,18 +139,22 @@ class Client:
         assert len(body) == length
         return Answer(status, headers, body).check()
 
-    def trickle(self, part: bytes, seconds: float = WAIT) -> Answer:
-        """Send `part` every 0.1 s until the answer comes."""
+    def trickle(self, part: bytes, seconds: float = WAIT) -> Client:
+        """Send `part` every 0.1 s until something comes, be it the connection's end."""
         self.sock.settimeout(0.1)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with suppress(BrokenPipeError, ConnectionResetError):
                 self.sock.sendall(part)
-            with suppress(TimeoutError):
+            try:
                 self.sock.recv(1, socket.MSG_PEEK)
                 break
+            except TimeoutError:
+                continue
+            except ConnectionResetError:  # closed while a byte was on its way
+                break
         self.sock.settimeout(WAIT)
-        return self.answer()
+        return self
 
     def is_continued(self) -> bool:
         """Whether the server says 100 to `Expect: 100-continue`: it has read the head, no more."""
@@ -162,8 +171,8 @@ class Client:
             return False
 
 
-def request_head(method: str, path: str, *headers: str, version: str = "1.1") -> bytes:
-    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers, "", ""]
+def request_head(method: str, path: str, *headers: str) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *headers, "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 
@@ -193,6 +202,12 @@ def free_port() -> int:
     port = int(sock.getsockname()[1])
     sock.detach()  # it stays open
     return port
+
+
+def is_listening(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=WAIT):
+        return True
+    return False
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -230,19 +245,21 @@ class Service:
 
     temporary: Path
     variables: dict[str, str]
-    wrapper: tuple[str, ...] = ()  # a command that ends by starting the one behind it
+    command: Sequence[str] = field(default_factory=gunicorn)
+    folder: Path = PROJECT
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __enter__(self) -> Service:
-        self.temporary.mkdir()
+        self.temporary.mkdir(parents=True)
         with self._output("stdout").open("wb") as out, self._output("stderr").open("wb") as err:
             self.process = subprocess.Popen(
-                [*self.wrapper, *gunicorn()],
-                cwd=PROJECT,
+                self.command,
+                cwd=self.folder,
                 env=environment(PORT=str(self.port), TMPDIR=str(self.temporary), **self.variables),
                 stdout=out,
                 stderr=err,
+                start_new_session=True,
             )
         try:
             eventually(self._answers)
@@ -283,8 +300,8 @@ class Service:
     def _output(self, name: str) -> Path:
         return self.temporary / name
 
-    def connect(self) -> Client:
-        return Client(self.port)
+    def connect(self, host: str = "127.0.0.1", buffer: int = 0) -> Client:
+        return Client(self.port, host, buffer)
 
     def ask(self, *parts: bytes) -> Answer:
         """The answer to one request on a connection of its own."""
@@ -373,6 +390,56 @@ def fake(fake_process: FakeAws) -> FakeAws:
     fake_process.set(latency_ms=8, faults={}, parameters={PARAMETER: TOKEN})
     fake_process.forget()
     return fake_process
+
+
+class NameServer:
+    """The only one that a service knows: it says 127.0.0.1 for every name, unless it is silent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.silent, self.asked = False, 0
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        address = f"127.77.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+        try:
+            self._sock.bind((address, 53))
+        except OSError as error:
+            pytest.skip(f"needs the right to listen on port 53: {error}")
+        resolv = folder / "resolv.conf"
+        resolv.write_text(f"nameserver {address}\n")
+        # The file takes the place of the machine's own in a mount namespace of the service's.
+        mount = f'mount --bind {resolv} "$(readlink -f /etc/resolv.conf)" && exec "$@"'
+        self.command = ("unshare", "--mount", "sh", "-c", mount, "sh")
+        try:
+            subprocess.run([*self.command, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs a mount namespace: {error}")
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._sock.sendto(b"", self._sock.getsockname())  # wakes the thread
+        self._thread.join()
+        self._sock.close()
+
+    def _serve(self) -> None:
+        while question := self._sock.recvfrom(512):
+            query, client = question
+            if not query:
+                return
+            self.asked += 1
+            if self.silent:
+                continue
+            end = query.index(b"\0", 12) + 5
+            is_ipv4 = query[end - 4 : end - 2] == b"\0\1"
+            head = query[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_ipv4 else b"\0\0") + b"\0\0\0\0"
+            answer = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
+            self._sock.sendto(head + query[12:end] + answer, client)
+
+
+@pytest.fixture
+def name_server(tmp_path: Path) -> Iterator[NameServer]:
+    server = NameServer(tmp_path)
+    yield server
+    server.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

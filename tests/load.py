@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 
 from conftest import BODY, WAIT, eventually
@@ -28,7 +29,7 @@ class Failure:
 
 @dataclass
 class Load:
-    """`with` it, the clients run in a thread until `requests` are sent, or `stop` is called.
+    """`with` it, the clients run in threads until `requests` are sent, or `stop` is called.
 
     A client keeps its connection as long as the service does, and sends the next request as soon as
     it has the answer to the last, whatever that is.
@@ -39,19 +40,18 @@ class Load:
     requests: int | None = None
     body: bytes = BODY
     hold_new_connections: bool = False
-    not_connected: int = 0
     sent: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
     acknowledged: dict[str, str] = field(default_factory=dict)  # request id -> message id
     failures: list[Failure] = field(default_factory=list)
     answers: list[tuple[float, float, int]] = field(default_factory=list)  # end, seconds, status
     retry_after: Counter[str] = field(default_factory=Counter)  # the header of 503 answers
 
     def __enter__(self) -> Load:
-        self._stopped = False
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self._thread.start()
+        self._stopped, self._lock = False, threading.Lock()
+        self._threads = [threading.Thread(target=self._client) for _ in range(self.clients)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,71 +62,54 @@ class Load:
         self.wait()
 
     def wait(self, seconds: float = 300) -> None:
-        self._thread.join(seconds)
-        assert not self._thread.is_alive(), "a client waits for ever"
-
-    async def _run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self.clients):
-                group.create_task(self._client())
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0, end - time.monotonic()))
+            assert not thread.is_alive(), "a client waits for ever"
 
     def _more(self) -> bool:
         return not self._stopped and (self.requests is None or self.sent < self.requests)
 
-    async def _client(self) -> None:
+    def _client(self) -> None:
         connected = False
         while self._more() and not (connected and self.hold_new_connections):
-            try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-            except OSError:
-                self.not_connected += 1
-                await asyncio.sleep(0.02)
-                continue
-            connected = True
-            try:
-                await self._converse(reader, writer)
-            finally:
-                writer.close()
+            with closing(HTTPConnection("127.0.0.1", self.port, timeout=WAIT)) as connection:
+                try:
+                    connection.connect()
+                except OSError:
+                    time.sleep(0.02)
+                    continue
+                connected = True
+                self._converse(connection)
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _converse(self, connection: HTTPConnection) -> None:
         first = True
-        while self._more():
-            self.sent += 1
-            request_id = f"load-{next(_numbers)}"
-            head = (
-                "POST /process HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                f"X-Request-Id: {request_id}\r\nContent-Length: {len(self.body)}\r\n\r\n"
-            )
-            begin, received = time.monotonic(), b""
+        while self._more() and connection.sock:
+            with self._lock:
+                self.sent += 1
+            headers = {"Content-Type": "application/json", "X-Request-Id": f"load-{next(_numbers)}"}
+            begin = time.monotonic()
             try:
-                async with asyncio.timeout(WAIT):
-                    writer.write(head.encode() + self.body)
-                    received = await reader.readuntil(b"\r\n\r\n")
-                    status = int(received[9:12])
-                    lines = received.decode().split("\r\n")[1:-2]
-                    headers = dict(line.lower().split(": ", 1) for line in lines)
-                    content = await reader.readexactly(int(headers["content-length"]))
-            except (OSError, EOFError) as error:
-                part = getattr(error, "partial", b"") or received
+                connection.request("POST", "/process", self.body, headers)
+                response = connection.getresponse()
+                answer = json.loads(response.read())
+            except (OSError, HTTPException, ValueError) as error:
+                # Of a connection that ends without a byte of it, there is no more to say.
+                part = b"" if isinstance(error, ConnectionError) else repr(error).encode()
                 self.failures.append(Failure(type(error).__name__, first, part))
                 return
-            self._note(request_id, status, headers, json.loads(content), begin)
+            self._note(headers["X-Request-Id"], response, answer, begin)
             first = False
-            if headers.get("connection") == "close":
-                return
 
-    def _note(
-        self, request_id: str, status: int, headers: dict[str, str], answer: Any, begin: float
-    ) -> None:
-        now = time.monotonic()
-        self.statuses[status] += 1
-        self.answers.append((now, now - begin, status))
-        if status == 200:
-            self.acknowledged[request_id] = answer["message_id"]
-        else:
-            self.errors[answer["error"]] += 1
-        if status == 503:
-            self.retry_after[headers.get("retry-after", "none")] += 1
+    def _note(self, request_id: str, response: HTTPResponse, answer: Any, begin: float) -> None:
+        now, status = time.monotonic(), response.status
+        with self._lock:
+            self.statuses[status] += 1
+            self.answers.append((now, now - begin, status))
+            if status == 200:
+                self.acknowledged[request_id] = answer["message_id"]
+            elif status == 503:
+                self.retry_after[response.headers.get("Retry-After", "none")] += 1
 
     def wait_for(self, number: int, status: int = 200) -> None:
         """Until the clients have got as many answers of the status more."""

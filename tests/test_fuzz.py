@@ -12,20 +12,13 @@ from typing import Any
 
 import schemathesis
 from botocore.exceptions import ClientError
+from conftest import BODY, DATA, TOKEN, Answer
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 import app
 
-TOKEN = "the token of these tests"
-DATA = {
-    "email_subject": "Happy new year!",
-    "email_sender": "John doe",
-    "email_timestream": "1693561101",
-    "email_content": "Just want to say... Happy new year!!!",
-}
-BODY = json.dumps({"data": DATA, "token": TOKEN}).encode()
 JSON = {"Content-Type": "application/json"}
 # The same examples in every run, and no verdict that depends on the machine's speed.
 FUZZ = settings(
@@ -72,33 +65,15 @@ SETTINGS = app.Settings(sqs_queue_url="http://localhost/queue.fifo")
 SERVICE = app.create_app(SETTINGS, ssm=AWS, sqs=AWS)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer that has the shape which every answer must have."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    message: dict[str, Any] | None  # what went into the queue
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def outcome(self) -> str:
-        """The error code, or "success"."""
-        return str(self.json.get("error", "success"))
-
-
 def ask(
     method: str = "POST",
     path: str = "/process",
     headers: Mapping[str, str] = JSON,
     body: bytes = b"",
 ) -> Answer:
-    """The service's answer. The environment is made as a server makes it of the request's bytes:
-    no client stands between that would refuse, quote or complete anything."""
+    """The service's answer, which has the shape that every answer must have. The environment is
+    made as a server makes it of the request's bytes: no client stands between that would refuse,
+    quote or complete anything."""
     environ = EnvironBuilder(method="POST", path="/").get_environ()
     environ |= {"REQUEST_METHOD": method, "PATH_INFO": path, "wsgi.input": io.BytesIO(body)}
     environ |= {"CONTENT_LENGTH": str(len(body))}
@@ -107,27 +82,10 @@ def ask(
         environ[variable if variable.startswith("CONTENT_") else f"HTTP_{variable}"] = value
     AWS.sent.clear()
     parts, status_line, answered = run_wsgi_app(SERVICE, environ, buffered=True)
-    message = AWS.sent[0] if AWS.sent else None
-    answer = Answer(int(status_line.split()[0]), {**answered}, b"".join(parts), message)
-    assert (message is not None) == (answer.status == 200 and path == "/process")
-    check(answer, has_body=method != "HEAD")
-    return answer
-
-
-def check(answer: Answer, has_body: bool) -> None:
+    answer = Answer(int(status_line.split()[0]), {**answered}, b"".join(parts)).check()
     assert answer.status < 500, answer.body
-    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", answer.headers["X-Request-Id"])
-    if answer.status >= 400:
-        assert answer.headers["Content-Type"] == "application/json"
-    if answer.status >= 400 and has_body:
-        error = answer.json
-        assert error.keys() - {"errors"} == {"status", "error", "message", "request_id"}
-        assert (error["status"], app.ERRORS[error["error"]][0]) == ("error", answer.status)
-        assert error["request_id"] == answer.headers["X-Request-Id"]
-        for problem in error.get("errors", []):
-            assert error["error"] in ("invalid_data", "invalid_timestamp")
-            assert problem["field"] in DATA
-            assert problem["message"] in error["message"]
+    assert bool(AWS.sent) == (answer.status == 200 and path == "/process")
+    return answer
 
 
 # --- What is sent ---------------------------------------------------------------------------------
@@ -211,7 +169,7 @@ def send(document: Any) -> Answer:
 @example(b'{"data":' * 100_000)
 @example(b'{"token":' + b"9" * 100_000 + b"}")
 def test_any_body_without_the_token_is_refused_for_it(body: bytes) -> None:
-    assert ask(body=body).outcome in ("invalid_json", "token_required", "invalid_token")
+    assert ask(body=body).error in ("invalid_json", "token_required", "invalid_token")
 
 
 @FUZZ
@@ -230,7 +188,7 @@ def test_any_damage_to_a_valid_body_gets_no_5xx(
 @example("\ud800", True)
 def test_any_token_but_the_one_is_401(token: Any, has_data: bool) -> None:
     answer = send({"data": DATA if has_data else None, "token": token})
-    assert answer.outcome == ("token_required" if token in (None, "") else "invalid_token")
+    assert answer.error == ("token_required" if token in (None, "") else "invalid_token")
 
 
 def is_valid(name: str, value: Any) -> bool:
@@ -255,8 +213,8 @@ def test_any_fields_are_queued_or_those_at_fault_named(
     answer = send({"data": data, "token": TOKEN})
     at_fault = {name for name in DATA if not is_valid(name, data.get(name))}
     assert {problem["field"] for problem in answer.json.get("errors", [])} == at_fault
-    assert (answer.message is None) == bool(at_fault)
-    if answer.outcome == "invalid_timestamp":
+    assert (answer.status == 200) == (not at_fault)
+    if at_fault and answer.error == "invalid_timestamp":
         assert at_fault == {"email_timestream"}
 
 
@@ -264,10 +222,8 @@ def test_any_fields_are_queued_or_those_at_fault_named(
 @given(valid_requests())
 def test_any_valid_data_is_queued_in_ascii_unchanged(valid: tuple[str, str]) -> None:
     body, data = valid
-    answer = ask(body=body.encode())
-    assert answer.outcome == "success"
-    assert answer.message is not None
-    queued = answer.message["MessageBody"]
+    assert ask(body=body.encode()).status == 200
+    queued = AWS.sent[0]["MessageBody"]
     assert queued.isascii()
     assert exact(queued) == exact(data)
 
@@ -276,10 +232,9 @@ def test_any_valid_data_is_queued_in_ascii_unchanged(valid: tuple[str, str]) -> 
 
 HEADER_NAMES = st.sampled_from(
     [
-        *("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Length"),
-        *("Content-Type", "Cookie", "Expect", "Host", "If-Modified-Since", "If-None-Match"),
-        *("Origin", "Range", "Transfer-Encoding", "Upgrade", "X-Forwarded-For"),
-        *("X-Forwarded-Host", "X-HTTP-Method-Override"),
+        *("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Length", "Range"),
+        *("Content-Type", "Cookie", "Expect", "Host", "If-None-Match", "Origin", "Upgrade"),
+        *("Transfer-Encoding", "X-Forwarded-For", "X-Forwarded-Host", "X-HTTP-Method-Override"),
     ]
 )
 # A header is read as Latin-1. Gunicorn refuses control characters in it, but for the tab.
@@ -301,9 +256,8 @@ def test_any_headers_do_not_matter_or_get_a_4xx(
     passed_on = {"Idempotency-Key": key, "X-Amzn-Trace-Id": trace}
     answer = ask(headers=JSON | headers | passed_on | {"X-Request-Id": request}, body=BODY)
     if not headers.keys() & {"Content-Length", "Content-Type", "Host", "Transfer-Encoding"}:
-        assert answer.outcome == "success"
-        assert answer.message
-        for sent in answer.message.get("MessageSystemAttributes", {}).values():
+        assert answer.status == 200
+        for sent in AWS.sent[0].get("MessageSystemAttributes", {}).values():
             assert re.search("(^|;)Root=1-[0-9a-f]{8}-[0-9a-f]{24}(;|$)", sent["StringValue"])
             assert re.fullmatch(r"[\w=;:.|-]{1,1024}", sent["StringValue"], re.ASCII)
 
@@ -341,7 +295,7 @@ SERIES = series()
 
 
 @settings(FUZZ, max_examples=30)
-@given(METHODS, PATHS, HEADERS, st.text(), st.integers(200, 599))
+@given(METHODS, PATHS, HEADERS, st.from_regex(r"[\w.]*", fullmatch=True), st.integers(200, 599))
 def test_nothing_that_happens_makes_a_new_series(
     method: str, path: str, headers: dict[str, str], code: str, status: int
 ) -> None:

@@ -10,13 +10,13 @@ import pytest
 from conftest import (
     BODY,
     DATA,
+    PARAMETER,
     PROJECT,
     TOKEN,
     StartService,
     eventually,
     post,
     post_head,
-    request_head,
 )
 from fake_aws import FakeAws
 from test_documentation import page
@@ -31,38 +31,30 @@ Record = dict[str, Any]
 @pytest.fixture(scope="module")
 def observed(start_service: StartService, fake_process: FakeAws) -> tuple[list[Record], str]:
     """A service that has had good and bad minutes: its log as CloudWatch has it, its /metrics."""
-    fake = fake_process
-    fake.set(latency_ms=2, faults={}, parameters={"/email-service/api-token": TOKEN})
     settings = {"GUNICORN_WORKERS": "1", "TOKEN_CACHE_SECONDS": "1"}
-    with start_service(**fake.environment(), **settings) as service:
+    wrong = json.dumps({"data": {**DATA, "email_subject": ""}, "token": TOKEN}).encode()
+    marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # first sent, then not
+    throttled = {"kind": "error", "status": 400, "code": "ThrottlingException"}
+    fake_process.set(latency_ms=2, faults={}, parameters={PARAMETER: TOKEN})
+    with start_service(**fake_process.environment(), **settings) as service:
         eventually(lambda: service.get("/ready").status == 200)
-        assert service.ask(post()).status == 200
-        wrong = {"data": {**DATA, "email_subject": ""}, "token": TOKEN}
-        assert service.ask(post(json.dumps(wrong).encode())).error == "invalid_data"
+        assert service.ask(post(wrong)).error == "invalid_data"
         assert service.ask(post(b'{"token": "wrong"}')).error == "invalid_token"
         assert service.get("/nowhere").error == "not_found"
         assert service.ask(post_head("Content-Length: 0")).error == "invalid_json"
-        marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # first sent, then not
         assert service.ask(marked).status == 200
-        throttled = {"kind": "error", "status": 400, "code": "ThrottlingException"}
-        denied = {"kind": "error", "status": 400, "code": "AccessDeniedException"}
-        fake.set(faults={"SQS": throttled, "SSM": denied})
+        fake_process.set(faults={"*": throttled})
         assert service.ask(marked).error == "queue_unavailable"
-        eventually(
-            lambda: (
-                any("token not read" in line["message"] for line in service.log())
-                or service.ask(post()).status == 0
-            )
-        )
-        metrics = service.ask(request_head("GET", "/metrics", "Connection: close")).body.decode()
-        lines = service.log()
-    fake.set(faults={})
+
+        def token_not_read() -> bool:
+            service.ask(post())
+            return any("token not read" in line["message"] for line in service.log())
+
+        eventually(token_not_read)
+        metrics, lines = service.get("/metrics").body.decode(), service.log()
+    kubernetes = {"namespace_name": "email-processor", "pod_name": "a pod"}
     records = [
-        {
-            "@timestamp": line["time"],
-            "kubernetes": {"namespace_name": "email-processor", "pod_name": "a pod"},
-            "log_processed": line,
-        }
+        {"@timestamp": line["time"], "kubernetes": kubernetes, "log_processed": line}
         for line in lines
     ]
     return records, metrics

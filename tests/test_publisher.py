@@ -11,12 +11,19 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, ReadTimeoutError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 import app
 
@@ -49,17 +56,21 @@ FAILURES: dict[str, tuple[BaseException, bool]] = {
     "thread ends": (ThreadEnds(), False),
 }
 SENT, FAULT, BUSY, LEFT_OUT = "sent", "sender fault", "service busy", "not in the answer"
-NAMELESS, CAUSELESS = "sent without a MessageId", "failed without saying whose fault"
+NAMELESS = "sent without a MessageId"
 
 
+@dataclass(eq=False)
 class Call:
-    def __init__(self, entries: list[dict[str, Any]], single: bool, probe: bool = False) -> None:
-        self.entries = entries
-        self.single = single
-        self.probe = probe  # made by the client with less patience
-        self.end = threading.Event()
-        self.failure = ""
-        self.results: list[str] = []  # of the entries in turn; those beyond it are sent
+    entries: list[dict[str, Any]]
+    single: bool
+    probe: bool  # made by the client with less patience
+    end: threading.Event = field(default_factory=threading.Event)
+    failure: str = ""
+    results: list[str] = field(default_factory=list)  # in turn; entries beyond it are sent
+
+    @property
+    def bodies(self) -> list[str]:
+        return [entry["MessageBody"] for entry in self.entries]
 
 
 class Queue:
@@ -75,36 +86,24 @@ class Queue:
     def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
         return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
 
-    def send_message(
-        self,
-        QueueUrl: str,  # noqa: N803
-        probe: bool = False,
-        **entry: Any,
-    ) -> dict[str, Any]:
-        assert QueueUrl.startswith(QUEUE)
+    def send_message(self, probe: bool = False, **entry: Any) -> dict[str, Any]:
+        assert entry.pop("QueueUrl").startswith(QUEUE)
         call = self._hold(Call([entry], single=True, probe=probe))
         if call.results[:1] in ([FAULT], [BUSY]):
             raise aws_error("InvalidMessageContents", 400 if call.results[0] == FAULT else 503)
         return {} if call.results[:1] == [LEFT_OUT] else {"MessageId": self._take(entry)}
 
-    def send_message_batch(
-        self,
-        QueueUrl: str,  # noqa: N803
-        Entries: list[Any],  # noqa: N803
-        probe: bool = False,
-    ) -> dict[str, Any]:
-        assert QueueUrl.startswith(QUEUE)
-        call = self._hold(Call(Entries, single=False, probe=probe))
+    def send_message_batch(self, probe: bool = False, **batch: Any) -> dict[str, Any]:
+        assert batch["QueueUrl"].startswith(QUEUE)
+        call = self._hold(Call(batch["Entries"], single=False, probe=probe))
         answer: dict[str, Any] = {"Successful": [], "Failed": []}
-        results = [*call.results, *[SENT] * len(Entries)]
-        for entry, result in zip(Entries, results, strict=False):
+        results = call.results[: len(call.entries)]
+        for entry, result in zip_longest(call.entries, results, fillvalue=SENT):
             if result == SENT:
                 message_id = self._take(entry)
                 answer["Successful"].insert(0, {"Id": entry["Id"], "MessageId": message_id})
             elif result == NAMELESS:
                 answer["Successful"].append({"Id": entry["Id"]})
-            elif result == CAUSELESS:
-                answer["Failed"].append({"Id": entry["Id"], "Code": result})
             elif result != LEFT_OUT:
                 failed = {"Id": entry["Id"], "SenderFault": result == FAULT, "Code": result}
                 answer["Failed"].append(failed)
@@ -114,7 +113,6 @@ class Queue:
         with self.changed:
             self.calls.append(call)
             self.made.append(call)
-            self.changed.notify_all()
         assert call.end.wait(60), "the script forgot a call"
         with self.changed:
             self.calls.remove(call)
@@ -134,32 +132,24 @@ class Queue:
         return message_id
 
 
-class Probe:
-    """The client with less time for a call, for while SQS is down."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-
-    def send_message(self, **given: Any) -> dict[str, Any]:
-        return self._queue.send_message(probe=True, **given)
-
-    def send_message_batch(self, **given: Any) -> dict[str, Any]:
-        return self._queue.send_message_batch(probe=True, **given)
-
-
 class Requests:
     """Requests that publish, each in a thread of its own."""
 
     def __init__(
-        self, calls: int = 8, fifo: bool = False, seconds: float = 60, threads: int = 1000
+        self, calls: int = 1, fifo: bool = False, seconds: float = 60, threads: int = 1000
     ) -> None:
         self.queue = Queue()
         self.now = 0.0
         self.looks = Counter[str]()  # how often a request's thread has looked at the clock
+        self.dying: threading.Thread | None = None  # ends when it next looks at the clock
+        self.pause: Callable[[], object] = lambda: None
         url = QUEUE + (".fifo" if fifo else "")
-        probe = Probe(self.queue)
+        probe = SimpleNamespace(
+            send_message=partial(self.queue.send_message, probe=True),
+            send_message_batch=partial(self.queue.send_message_batch, probe=True),
+        )
         self.publisher = app.Publisher(
-            self.queue, probe, url, calls, threads, clock=self.clock, pause=lambda _: None
+            self.queue, probe, url, calls, threads, self.clock, lambda _: self.pause()
         )
         self.publisher.SECONDS = seconds  # type: ignore[misc]
         self.publisher.STALL_SECONDS = 0.01  # type: ignore[misc]
@@ -168,7 +158,10 @@ class Requests:
         self.threads: list[threading.Thread] = []
 
     def clock(self) -> float:
-        self.looks[threading.current_thread().name] += 1
+        thread = threading.current_thread()
+        if thread is self.dying:
+            raise ThreadEnds
+        self.looks[thread.name] += 1
         return self.now
 
     def submit(self, size: int = 0) -> str:
@@ -209,22 +202,25 @@ class Requests:
                 return
 
     def _held(self) -> set[str]:
-        return {entry["MessageBody"] for call in list(self.queue.calls) for entry in call.entries}
+        return {body for call in list(self.queue.calls) for body in call.bodies}
 
     def _state(self) -> object:
         answered = sum(map(len, self.answers.values()))
         return len(self.queue.made), len(self.queue.calls), answered
 
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.settle()
+
     def end_call(
         self, number: int = 0, failure: str = "", results: list[str] | None = None
-    ) -> Call:
+    ) -> None:
         call = self.queue.calls[number]
         call.failure, call.results = failure, results or []
         call.end.set()
         with self.queue.changed:
             assert self.queue.changed.wait_for(lambda: call not in self.queue.calls, 60)
         self.settle()
-        return call
 
     def end_all(self) -> None:
         while self.queue.calls:
@@ -233,9 +229,45 @@ class Requests:
             thread.join(60)
             assert not thread.is_alive(), "a request waits for ever"
 
+    @property
+    def outcomes(self) -> str:
+        """A letter for each: s(ent), or how its refusal's code begins; a blank for none yet."""
+        return "".join(
+            " " if not given else given[0].code[0] if isinstance(given[0], app.Refusal) else "s"
+            for given in self.answers.values()
+        )
 
-def bodies(call: Call) -> list[str]:
-    return [entry["MessageBody"] for entry in call.entries]
+    @property
+    def sizes(self) -> list[int]:
+        """Messages in each call made so far."""
+        return [len(call.entries) for call in self.queue.made]
+
+    @property
+    def probes(self) -> list[bool]:
+        """Of each call under way, whether it is one."""
+        return [call.probe for call in self.queue.calls]
+
+
+Step = int | float | str | list[str]
+OK: Step = ""
+
+
+def play(*steps: Step, **options: Any) -> Requests:
+    """A number: as many requests come. With a point: seconds pass. A failure's name or OK: the
+    oldest call ends so. A list: it ends with these results of its entries.
+    """
+    requests = Requests(**options)
+    for step in steps:
+        if isinstance(step, int):
+            for _ in range(step):
+                requests.submit()
+        elif isinstance(step, float):
+            requests.wait(step)
+        elif isinstance(step, list):
+            requests.end_call(results=step)
+        else:
+            requests.end_call(failure=step)
+    return requests
 
 
 def size_of(entry: dict[str, Any]) -> int:
@@ -257,14 +289,12 @@ def assert_kept(requests: Requests) -> None:
             assert answers[0] in ids[body], "the id of its own message"
         assert times_taken[body] <= 1 or body in queue.ambiguous, "sent once only"
     for call in queue.made:
-        entries = [{k: v for k, v in entry.items() if k != "Id"} for entry in call.entries]
-        assert 1 <= len(entries) <= 10
-        assert call.single == (len(entries) == 1)
-        assert sum(size_of(entry) for entry in entries) <= LIMIT
-        assert len(set(bodies(call))) == len(entries), "no message twice in a batch"
-        if not call.single:
-            assert len({entry["Id"] for entry in call.entries}) == len(entries)
-    attempts = Counter(body for call in queue.made for body in bodies(call))
+        assert 1 <= len(call.entries) <= 10
+        assert call.single == (len(call.entries) == 1)
+        assert sum(map(size_of, call.entries)) <= LIMIT
+        assert len(set(call.bodies)) == len(call.entries), "no message twice in a batch"
+        assert call.single or len({entry["Id"] for entry in call.entries}) == len(call.entries)
+    attempts = Counter(body for call in queue.made for body in call.bodies)
     assert max(attempts.values(), default=0) <= app.Publisher.ATTEMPTS
 
 
@@ -299,9 +329,7 @@ STEPS = st.one_of(
 def test_any_interleaving_keeps_every_promise(
     steps: list[Any], burst: int, calls: int, threads: int, fifo: bool, seconds: float
 ) -> None:
-    requests = Requests(calls, fifo, seconds, threads)
-    for _ in range(burst):
-        requests.submit()
+    requests = play(burst, calls=calls, fifo=fifo, seconds=seconds, threads=threads)
     for kind, *arguments in steps:
         under_way = requests.queue.calls
         assert len(under_way) <= (1 if fifo else calls)
@@ -324,40 +352,11 @@ def test_any_interleaving_keeps_every_promise(
 # --- Which messages share a call ------------------------------------------------------------------
 
 
-OVERHEAD = size_of(app.Message("", "request-0").entry(fifo=False)[0])  # of the attributes
-
-
-def sizes(requests: Requests) -> list[int]:
-    """Messages in each call made so far."""
-    return [len(call.entries) for call in requests.queue.made]
-
-
-def submit_many(requests: Requests, count: int) -> list[str]:
-    return [requests.submit() for _ in range(count)]
-
-
-def outcomes(requests: Requests) -> str:
-    """A letter for each request: s(ent), or how its refusal's code begins; a blank for none yet."""
-    return "".join(
-        " " if not given else given[0].code[0] if isinstance(given[0], app.Refusal) else "s"
-        for given in requests.answers.values()
-    )
-
-
-def test_message_that_comes_alone_goes_at_once() -> None:
-    requests = Requests()
-    for count in (1, 2, 3):
-        requests.submit()
-        assert sizes(requests) == [1] * count
-        assert requests.end_call().single
-
-
 def test_messages_that_come_during_a_call_share_the_next() -> None:
-    requests = Requests(calls=1)
-    sent = submit_many(requests, 26)
+    requests = play(26)
     requests.end_all()
-    assert sizes(requests) == [1, 10, 10, 5]
-    assert [body for call in requests.queue.made for body in bodies(call)] == sent
+    assert requests.sizes == [1, 10, 10, 5]
+    assert [body for call in requests.queue.made for body in call.bodies] == list(requests.answers)
 
 
 @pytest.mark.parametrize(
@@ -367,50 +366,41 @@ def test_messages_that_come_during_a_call_share_the_next() -> None:
 def test_full_batches_start_further_calls_up_to_the_limit(
     calls: int, fifo: bool, messages: int, made: list[int]
 ) -> None:
-    requests = Requests(calls, fifo)
-    submit_many(requests, messages)
-    assert sizes(requests) == made
+    requests = play(messages, calls=calls, fifo=fifo)
+    assert requests.sizes == made
     requests.end_all()
-    assert_kept(requests)
 
 
 @pytest.mark.parametrize(("threads", "made"), [(1, [1]), (2, [1, 1]), (8, [1, 7])])
 def test_call_starts_when_no_further_message_could_join(threads: int, made: list[int]) -> None:
-    requests = Requests(threads=threads)
-    submit_many(requests, threads)
-    assert sizes(requests) == made
+    requests = play(threads, calls=8, threads=threads)
+    assert requests.sizes == made
     requests.end_all()
 
 
 def test_batch_ends_at_the_byte_limit() -> None:
-    requests = Requests(calls=1)
-    half = LIMIT // 2 - OVERHEAD
-    for size in (0, 300_000, 300_000, 300_000, 300_000, LIMIT - OVERHEAD - 2, half, half - 2, 0):
+    requests = Requests()
+    attributes = size_of(app.Message("", "request-0").entry(fifo=False)[0])
+    half, whole = LIMIT // 2 - attributes, LIMIT - attributes
+    for size in (0, 300_000, 300_000, 300_000, 300_000, whole - 2, half, half - 2, 0):
         requests.submit(size)
     requests.end_all()
-    assert sizes(requests) == [1, 3, 1, 1, 2, 1]
+    assert requests.sizes == [1, 3, 1, 1, 2, 1]
     assert_kept(requests)
 
 
 def test_call_that_takes_long_holds_up_nobody_else() -> None:
-    requests = Requests()
-    submit_many(requests, 3)
-    assert sizes(requests) == [1]
-    requests.now += 1
-    requests.settle()
-    assert sizes(requests) == [1, 2]
+    requests = play(3, 1.0, calls=8)
+    assert requests.sizes == [1, 2]
     requests.end_call(1)
-    assert outcomes(requests) == " ss"
+    assert requests.outcomes == " ss"
     requests.end_all()
 
 
 def test_fifo_queue_gets_messages_in_order() -> None:
-    requests = Requests(fifo=True, threads=2)
-    sent = submit_many(requests, 25)
-    requests.now += 1
-    requests.settle()
+    requests = play(25, 1.0, calls=8, fifo=True, threads=2)
     requests.end_all()
-    assert [body for body, _ in requests.queue.taken] == sent
+    assert [body for body, _ in requests.queue.taken] == list(requests.answers)
     entries = [entry for call in requests.queue.made for entry in call.entries]
     assert {entry["MessageGroupId"] for entry in entries} == {app.SERVICE}
     assert len({entry["MessageDeduplicationId"] for entry in entries}) == 25
@@ -418,280 +408,154 @@ def test_fifo_queue_gets_messages_in_order() -> None:
 
 # --- Failures -------------------------------------------------------------------------------------
 
+# All but the first request share a batch, as they come during its call. What is played, what then
+# becomes of the requests, and the sizes of the calls.
+SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
+    "each one alone": ([1, OK, 1, OK, 1], "ss ", [1, 1, 1]),
+    "one entry refused": ([4, OK, [SENT, FAULT, SENT]], "ssqs", [1, 3]),
+    "two entries to be tried again": ([4, OK, [BUSY, BUSY, SENT]], "s  s", [1, 3, 2]),
+    "an entry without an answer": ([4, OK, [LEFT_OUT, SENT, SENT]], "s ss", [1, 3, 1]),
+    "an entry without an id": ([4, OK, [NAMELESS, SENT, SENT]], "s ss", [1, 3, 1]),
+    "all entries refused": ([4, OK, [FAULT, FAULT, FAULT]], "sqqq", [1, 3]),
+    "some of each": ([4, OK, [FAULT, BUSY, LEFT_OUT]], "sq  ", [1, 3, 2]),
+    "three attempts": ([4, OK, *["server error"] * 3], "sqqq", [1, 3, 3, 3]),
+    "three garbled answers": ([4, OK, *["garbled"] * 3], "sqqq", [1, 3, 3, 3]),
+    "too many requests": ([1, *["too many"] * 3], "q", [1, 1, 1]),
+    "the caller is refused": ([4, OK, "denied"], "sqqq", [1, 3]),
+    "the queue is unknown": ([4, OK, "no queue"], "sqqq", [1, 3]),
+    "the queue's limit was lowered": ([3, OK, "too large", "too large"], "sm ", [1, 2, 1, 1]),
+    "failures that pass": ([1, "throttled", "throttled", OK] * 10, "s" * 10, [1] * 30),
+    "no attempt after its time": ([1, 59.0, "server error", 1.0, "server error"], "q", [1, 1]),
+    "a call longer than the wait": ([1, 61.0], " ", [1]),
+    "a time-out ends the waiting": ([4, "no answer"], " qqq", [1, 1]),
+    "a thread ends in its call": ([3, OK, "thread ends", 1], "ssq ", [1, 2, 1]),
+}
 
-# Requests come while one call is under way, so all but the first share a batch. The results of its
-# entries, what becomes of the requests, and the sizes of the calls made.
-PARTIAL = [
-    ([SENT, FAULT, SENT], "ssqs", [1, 3]),
-    ([BUSY, BUSY, SENT], "ssss", [1, 3, 2]),
-    ([LEFT_OUT, SENT, SENT], "ssss", [1, 3, 1]),
-    ([NAMELESS, SENT, SENT], "ssss", [1, 3, 1]),
-    ([SENT, CAUSELESS, SENT], "ssss", [1, 3, 1]),
-    ([FAULT, FAULT, FAULT], "sqqq", [1, 3]),
-    ([FAULT, BUSY, LEFT_OUT], "sqss", [1, 3, 2]),
-]
 
-
-@pytest.mark.parametrize(("results", "expected", "made"), PARTIAL)
-def test_entry_that_fails_fails_alone(results: list[str], expected: str, made: list[int]) -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 4)
-    requests.end_call()
-    requests.end_call(results=results)
+@pytest.mark.parametrize(("steps", "outcomes", "sizes"), SCENARIOS.values(), ids=SCENARIOS)
+def test_failure_ends_as_it_should(steps: list[Step], outcomes: str, sizes: list[int]) -> None:
+    requests = play(*steps)
+    assert (requests.outcomes, requests.sizes) == (outcomes, sizes)
     requests.end_all()
-    assert outcomes(requests) == expected
-    assert sizes(requests) == made
+    assert requests.outcomes == outcomes.replace(" ", "s")
     assert_kept(requests)
-
-
-@pytest.mark.parametrize("failure", ["server error", "throttled", "too many", "garbled"])
-def test_call_that_fails_is_made_three_times(failure: str) -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 4)
-    requests.end_call()
-    for _ in range(3):
-        requests.end_call(failure=failure)
-    assert not requests.queue.calls
-    assert outcomes(requests) == "sqqq"
-    assert sizes(requests) == [1, 3, 3, 3]
 
 
 def test_refused_batch_goes_message_by_message() -> None:
-    requests = Requests(calls=1)
-    _, _, guilty, _ = submit_many(requests, 4)
-    requests.end_call()
-    requests.end_call(failure="refused")
-    requests.submit()  # shares no call with one that may be guilty
+    requests = play(4, OK, "refused", 1)  # the last one shares no call with what may be guilty
+    guilty = list(requests.answers)[2]
     while requests.queue.calls:
-        call = requests.queue.calls[0]
-        requests.end_call(failure="refused" if guilty in bodies(call) else "")
-    assert outcomes(requests) == "ssqss"
-    assert sizes(requests) == [1, 3, 1, 1, 1, 1]
-    assert_kept(requests)
-
-
-@pytest.mark.parametrize("failure", ["denied", "no queue"])
-def test_refusal_of_caller_or_queue_is_final(failure: str) -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 4)
-    requests.end_call()
-    requests.end_call(failure=failure)
-    assert outcomes(requests) == "sqqq"
-    assert sizes(requests) == [1, 3]
-
-
-def test_queue_with_a_lowered_limit_refuses_the_large_message_alone() -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 3)
-    requests.end_call()
-    requests.end_call(failure="too large")
-    requests.end_call(failure="too large")
-    requests.end_all()
-    assert outcomes(requests) == "sms"
-
-
-def test_message_is_tried_again_within_its_time_only() -> None:
-    requests = Requests(calls=1)
-    requests.submit()
-    requests.now += 59
-    requests.end_call(failure="server error")
-    requests.now += 1
-    requests.end_call(failure="server error")
-    assert not requests.queue.calls
-    assert outcomes(requests) == "q"
+        is_guilty = guilty in requests.queue.calls[0].bodies
+        requests.end_call(failure="refused" if is_guilty else "")
+    assert requests.outcomes == "ssqss"
+    assert requests.sizes == [1, 3, 1, 1, 1, 1]
 
 
 def test_message_that_waits_too_long_is_never_sent() -> None:
-    requests = Requests(calls=1)
-    _, late = submit_many(requests, 2)
-    requests.now += 61
-    requests.settle()
-    assert outcomes(requests) == " q"
+    requests = play(2, 61.0)
+    assert requests.outcomes == " q"
     requests.end_all()
-    assert late not in [body for body, _ in requests.queue.taken]
-    assert outcomes(requests) == "sq"
-
-
-def test_request_in_a_call_waits_for_its_end() -> None:
-    requests = Requests(calls=1)
-    requests.submit()
-    requests.now += 61
-    requests.settle()
-    assert outcomes(requests) == " "
-    requests.end_call()
-    assert outcomes(requests) == "s"
+    assert [body for body, _ in requests.queue.taken] == list(requests.answers)[:1]
 
 
 def test_request_is_answered_before_the_pause_of_others() -> None:
-    requests = Requests(calls=1)
+    requests = play(3, OK)
     paused, go_on = threading.Event(), threading.Event()
 
-    def pause(_: float) -> None:
+    def pause() -> None:
         paused.set()
         assert go_on.wait(60)
 
-    submit_many(requests, 3)
-    requests.end_call()
-    requests.publisher._pause = pause
-    call = requests.queue.calls[0]
+    requests.pause = pause
+    (call,) = requests.queue.calls
     call.results = [SENT, BUSY]
     call.end.set()
     assert paused.wait(60)
     requests.threads[1].join(60)
-    assert outcomes(requests) == "ss "
+    assert requests.outcomes == "ss "
     go_on.set()
     requests.settle()
     requests.end_all()
-    assert outcomes(requests) == "sss"
-
-
-def test_thread_that_ends_in_its_call_strands_nobody() -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 3)
-    requests.end_call()
-    requests.end_call(failure="thread ends")
-    requests.submit()
-    requests.end_all()
-    assert outcomes(requests)[2:] == "qs"
+    assert requests.outcomes == "sss"
 
 
 def test_waiting_thread_that_ends_strands_nobody() -> None:
-    requests = Requests(fifo=True)
-    submit_many(requests, 2)  # the second waits for the first one's call
-
-    def look() -> float:
-        if threading.current_thread() is requests.threads[1]:
-            raise ThreadEnds
-        return requests.now
-
-    requests.publisher._clock = look
+    requests = play(2, fifo=True)  # the second waits for the first one's call
+    requests.dying = requests.threads[1]
     requests.threads[1].join(60)
-    requests.publisher._clock = requests.clock
     requests.submit()
     requests.end_all()
     assert list(requests.answers.values())[1] == ["its thread ended"]
-    assert outcomes(requests) == "sss"
+    assert requests.outcomes == "sss"
 
 
 # --- SQS is down ----------------------------------------------------------------------------------
 
-
-def down() -> Requests:
-    """Requests to an SQS that is known to be down: the first call and its probe have timed out."""
-    requests = Requests()
-    requests.submit()
-    requests.end_call(failure="no answer")
-    assert requests.queue.calls[0].probe
-    requests.end_call(failure="no connection")
-    assert not requests.queue.calls
-    assert outcomes(requests) == "q"
-    return requests
-
-
-def test_call_that_times_out_ends_the_waiting() -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 4)
-    requests.end_call(failure="no answer")
-    assert outcomes(requests) == " qqq"
-    assert requests.queue.calls[0].probe
-    requests.end_all()
-    assert outcomes(requests) == "sqqq"
+# The first call and its probe have timed out.
+DOWN: list[Step] = [1, "no answer", "no connection"]
+PROBE_TIME = app.Publisher.PROBE_SECONDS
 
 
 def test_one_message_at_a_time_probes_while_sqs_is_down() -> None:
-    requests = down()
-    submit_many(requests, 3)
-    assert not requests.queue.calls
-    requests.now += requests.publisher.PROBE_SECONDS
-    submit_many(requests, 3)
-    assert [call.probe for call in requests.queue.calls] == [True]
-    assert outcomes(requests) == "qqqq qq"
+    requests = play(*DOWN, 3, calls=8)
+    assert (requests.outcomes, requests.probes) == ("qqqq", [])
+    requests.wait(PROBE_TIME)
+    for _ in range(3):
+        requests.submit()
+    assert (requests.outcomes, requests.probes) == ("qqqq qq", [True])
     requests.end_call(failure="no answer")
-    submit_many(requests, 2)
-    assert not requests.queue.calls
-    assert outcomes(requests) == "q" * 9
+    requests.submit()
+    assert (requests.outcomes, requests.probes) == ("q" * 8, [])
 
 
 def test_earlier_call_that_fails_starts_no_second_probe() -> None:
-    requests = Requests(threads=2)
-    submit_many(requests, 2)
-    requests.end_call(0, failure="no answer")  # its probe begins
-    assert [call.probe for call in requests.queue.calls] == [False, True]
-    requests.end_call(0, failure="no answer")
-    requests.now += requests.publisher.PROBE_SECONDS
+    requests = play(2, "no answer", calls=8, threads=2)  # its probe begins
+    assert requests.probes == [False, True]
+    requests.end_call(failure="no answer")
+    requests.wait(PROBE_TIME)
     requests.submit()
-    assert [call.probe for call in requests.queue.calls] == [True]
+    assert requests.probes == [True]
     requests.end_all()
 
 
-@pytest.mark.parametrize("failure", ["", "refused"])
-def test_any_answer_closes_the_circuit(failure: str) -> None:
-    requests = down()
-    requests.now += 1
-    requests.submit()
-    requests.end_call(failure=failure)
-    requests.submit()
-    requests.end_call()
-    assert outcomes(requests)[2:] == "s"
-    assert not requests.queue.made[-1].probe
+@pytest.mark.parametrize("answer", [OK, "refused"])
+def test_any_answer_closes_the_circuit(answer: str) -> None:
+    requests = play(*DOWN, 1.0, 1, answer, 1)
+    assert requests.probes == [False]
+    requests.end_all()
+    assert requests.outcomes[2:] == "s"
 
 
 def test_timeout_beside_an_answer_refuses_nobody() -> None:
-    requests = Requests(threads=2)
-    submit_many(requests, 2)
+    requests = play(2, calls=8, threads=2)
     requests.end_call(1)
     requests.end_call(0, failure="no answer")
-    assert not requests.queue.calls[0].probe
+    assert requests.probes == [False]
     requests.end_all()
-    assert outcomes(requests) == "ss"
+    assert requests.outcomes == "ss"
 
 
 @pytest.mark.parametrize("failure", ["server error", "throttled"])
 def test_ten_failed_calls_in_a_row_open_the_circuit(failure: str) -> None:
-    requests = Requests()
-    for _ in range(3):
-        requests.submit()
-        for _ in range(3):
-            requests.end_call(failure=failure)
-    requests.submit()
-    requests.end_call(failure=failure)
-    assert requests.queue.calls[0].probe
+    requests = play(*[1, failure, failure, failure] * 3, 1, failure)
+    assert requests.probes == [True]
     requests.end_call(failure=failure)
     requests.submit()
-    assert outcomes(requests) == "qqqqq"
-    assert not requests.queue.calls
-
-
-def test_success_between_failures_keeps_the_circuit_closed() -> None:
-    requests = Requests()
-    for _ in range(10):
-        requests.submit()
-        requests.end_call(failure="server error")
-        requests.end_call(failure="server error")
-        requests.end_call()
-    assert outcomes(requests) == "s" * 10
+    assert (requests.outcomes, requests.probes) == ("qqqqq", [])
 
 
 # --- Logs -----------------------------------------------------------------------------------------
 
 
 def test_outage_is_logged_at_its_beginning_and_end(caplog: pytest.LogCaptureFixture) -> None:
-    requests = down()
-    requests.now += 30
-    requests.submit()
-    requests.end_call()
+    play(*DOWN, 30.0, 1, OK)
     levels = [r.levelno for r in caplog.records if "SQS is" in r.getMessage()]
     assert levels == [logging.ERROR, logging.WARNING]
     assert caplog.records[-1].seconds == 30  # type: ignore[attr-defined]
 
 
 def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFixture) -> None:
-    requests = Requests(calls=1)
-    submit_many(requests, 4)
-    requests.end_call()
-    requests.end_call(failure="throttled")
-    requests.end_call(results=[SENT, FAULT, BUSY])
-    requests.end_all()
+    play(4, OK, "throttled", [SENT, FAULT, BUSY]).end_all()
     logged: list[Any] = caplog.records
     assert [(line.levelno, line.request_ids) for line in logged] == [
         (logging.WARNING, ["request-1", "request-2", "request-3"]),
@@ -702,37 +566,62 @@ def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFix
     assert all(cause in line.cause for cause, line in zip(causes, logged, strict=True))
 
 
+def test_calls_are_counted_by_result_with_their_messages() -> None:
+    def counted() -> list[float]:
+        name, results = "email_processor_sqs_calls_total", ("success", "partial", "unavailable")
+        values = [REGISTRY.get_sample_value(name, {"result": result}) for result in results]
+        return [*values, REGISTRY.get_sample_value("email_processor_sqs_batch_size_sum")]
+
+    before = counted()
+    play(4, OK, [SENT, FAULT, BUSY], "throttled", OK)
+    grown = [now - then for now, then in zip(counted(), before, strict=True)]
+    assert grown == [2, 1, 1, 1 + 3 + 1 + 1]
+
+
 # --- Seeing the queue -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_requests_share_the_first_look_at_the_queue(fails: bool) -> None:
-    asked, end, refused = list[int](), threading.Event(), list[bool]()
+class Look:
+    """A queue that is looked at until the end is set, and is then not there, or has its limit."""
 
-    class HeldQueue:
-        def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
-            asked.append(1)
-            assert end.wait(60)
-            if fails:
-                raise FAILURES["no answer"][0]
-            return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
+    def __init__(self, fails: bool) -> None:
+        self.fails, self.begun, self.end, self.number = (
+            fails,
+            threading.Event(),
+            threading.Event(),
+            0,
+        )
+        self.limit = app.QueueLimit(self, QUEUE)
 
-    limit = app.QueueLimit(HeldQueue(), QUEUE)
+    def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
+        self.number += 1
+        self.begun.set()
+        assert self.end.wait(60)
+        if self.fails:
+            raise FAILURES["no answer"][0]
+        return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
 
-    def check() -> None:
-        try:
-            limit.bytes()
-        except app.Refusal:
-            refused.append(True)
-        else:
-            refused.append(False)
 
-    threads = [threading.Thread(target=check) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    end.set()
-    for thread in threads:
-        thread.join(60)
-    assert refused == [fails] * 5
-    if not fails:
-        assert len(asked) == 1
+def test_requests_share_the_first_look_at_the_queue() -> None:
+    look = Look(fails=False)
+    with ThreadPoolExecutor(5) as pool:
+        found = [pool.submit(look.limit.bytes) for _ in range(5)]
+        look.end.set()
+    assert {each.result() for each in found} == {LIMIT}
+    assert look.number == 1
+
+
+def test_nobody_waits_for_a_queue_that_was_not_there() -> None:
+    look = Look(fails=True)
+    look.end.set()
+    with pytest.raises(app.Refusal):
+        look.limit.bytes()
+    for event in (look.begun, look.end):
+        event.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(look.limit.bytes)
+        assert look.begun.wait(60)
+        other = pool.submit(look.limit.bytes)
+        assert isinstance(other.exception(timeout=20), app.Refusal)
+        assert not first.done()
+        look.end.set()

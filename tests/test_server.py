@@ -22,7 +22,6 @@ from conftest import (
     PROJECT,
     TOKEN,
     WAIT,
-    Answer,
     Aws,
     Client,
     Service,
@@ -32,7 +31,6 @@ from conftest import (
     eventually,
     gunicorn,
     kill,
-    metrics_folder,
     post,
     post_head,
     request_head,
@@ -42,6 +40,7 @@ from prometheus_client import REGISTRY
 
 LIMIT = 2_097_152
 DEADLINE = 1.0
+ONE = {"GUNICORN_WORKERS": "1"}
 CHUNKED = "Transfer-Encoding: chunked"
 
 
@@ -81,20 +80,18 @@ def test_post_that_is_200_is_in_the_queue(service: Service, aws: Aws) -> None:
 # --- Bodies ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [7, 10_000])
-def test_chunked_body_is_200(service: Service, size: int) -> None:
-    parts = [chunk(BODY[start : start + size]) for start in range(0, len(BODY), size)]
-    assert service.ask(post_head(CHUNKED), *parts, b"0\r\n\r\n").status == 200
+def test_chunked_body_is_200(service: Service) -> None:
+    parts = [chunk(BODY[start : start + 7]) for start in range(0, len(BODY), 7)]
+    assert service.ask(post_head(CHUNKED), *parts, chunk(b"")).status == 200
 
 
 OVERSIZED = {
-    "by a byte": post(b" " * (LIMIT + 1)),
-    "by far": post(b" " * 20_000_000, "Expect: 100-continue"),
-    "chunked": post_head(CHUNKED) + chunk(b" " * 65_536) * (LIMIT // 65_536 + 1) + b"0\r\n\r\n",
+    "length": post(b" " * 20_000_000, "Expect: 100-continue"),
+    "chunked": post_head(CHUNKED) + chunk(b" " * 65_536) * (LIMIT // 65_536 + 1) + chunk(b""),
 }
 
 
-@pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED.keys())
+@pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED)
 def test_oversized_body_is_413_once_it_is_sent(service: Service, sent: bytes) -> None:
     with service.connect() as client:
         answer = client.send(sent).answer()
@@ -102,11 +99,7 @@ def test_oversized_body_is_413_once_it_is_sent(service: Service, sent: bytes) ->
         assert client.send(post()).answer().status == 200
 
 
-def test_body_of_exactly_the_limit_is_read(service: Service) -> None:
-    assert service.ask(post(BODY + b" " * (LIMIT - len(BODY)))).status == 200
-
-
-@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloX\r\n0\r\n\r\n", b"0\r\nbad\r\n\r\n"])
+@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloX\r\n0\r\n\r\n"])
 def test_malformed_chunks_end_the_connection(service: Service, rest: bytes) -> None:
     with service.connect() as client:
         answer = client.send(post_head(CHUNKED), rest).answer()
@@ -121,22 +114,20 @@ def test_malformed_chunks_end_the_connection(service: Service, rest: bytes) -> N
 def test_body_that_ends_early_is_400_not_408(service: Service, sent: bytes) -> None:
     with service.connect() as client:
         client.send(sent).sock.shutdown(socket.SHUT_WR)
-        answer = client.answer()
-        assert (answer.status, answer.error) == (400, "invalid_json")
+        assert client.answer().error == "invalid_json"
 
 
 # --- Body deadline --------------------------------------------------------------------------------
 
 LONGEST = 10 * DEADLINE  # of what takes a deadline; only for what hangs
 STALLED = {
-    "with Content-Length": post_head("Content-Length: 1000") + BODY[:20],
+    "length": post_head("Content-Length: 1000"),
     "chunked": post_head(CHUNKED) + chunk(BODY[:20]),
-    "without a byte": post_head("Content-Length: 1000"),
     "oversized": post_head(f"Content-Length: {LIMIT + 1}") + BODY,
 }
 
 
-@pytest.mark.parametrize("sent", STALLED.values(), ids=STALLED.keys())
+@pytest.mark.parametrize("sent", STALLED.values(), ids=STALLED)
 def test_stalled_body_is_answered_at_the_deadline(hasty: Service, sent: bytes) -> None:
     with hasty.connect() as client:
         begin = time.monotonic()
@@ -149,40 +140,30 @@ def test_stalled_body_is_answered_at_the_deadline(hasty: Service, sent: bytes) -
 
 
 @pytest.mark.parametrize(
-    ("head", "part"),
-    [(post_head("Content-Length: 1000"), b"x"), (post_head(CHUNKED), chunk(b"x"))],
-    ids=["with Content-Length", "chunked"],
+    ("head", "part", "status"),
+    [
+        (post_head("Content-Length: 1000"), b"x", 408),
+        (post_head(CHUNKED), chunk(b"x"), 408),
+        (post_head("Content-Length: 1000", path="/health"), b"x", 405),  # nobody wants it
+    ],
+    ids=["length", "chunked", "wrong path"],
 )
-def test_trickled_body_is_408_at_the_deadline(hasty: Service, head: bytes, part: bytes) -> None:
+def test_trickled_body_ends_at_the_deadline(
+    hasty: Service, head: bytes, part: bytes, status: int
+) -> None:
     with hasty.connect() as client:
         begin = time.monotonic()
-        answer = client.send(head).trickle(part)
-        assert (answer.status, answer.error) == (408, "request_timeout")
+        assert client.send(head).trickle(part).answer().status == status
         assert DEADLINE - 0.1 <= time.monotonic() - begin < LONGEST
 
 
 @pytest.mark.parametrize("part", [b"", b"x"], ids=["stalled", "trickled"])
 def test_head_that_does_not_end_closes_the_connection(hasty: Service, part: bytes) -> None:
-    begin = time.monotonic()
     with hasty.connect() as client:
-        client.send(b"POST /process HTTP/1.1\r\nHost: ")
-        client.sock.settimeout(0.1)
-        end = None
-        while end is None and time.monotonic() - begin < LONGEST:
-            with suppress(TimeoutError, BrokenPipeError):
-                try:
-                    client.sock.sendall(part)
-                    end = client.sock.recv(1)
-                except ConnectionResetError:  # closed while a byte was on its way
-                    end = b""
-    assert end == b""
-    assert time.monotonic() - begin >= DEADLINE - 0.1
-
-
-def test_body_that_nobody_wants_holds_its_thread_no_longer(hasty: Service) -> None:
-    with hasty.connect() as client:
-        head = post_head("Content-Length: 1000", path="/health")
-        assert client.send(head).trickle(b"x").status == 405  # it would take 100 s to send
+        begin = time.monotonic()
+        client.send(b"POST /process HTTP/1.1\r\nHost: ").trickle(part)
+        assert DEADLINE - 0.1 <= time.monotonic() - begin < LONGEST
+        assert client.is_closed()
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -246,48 +227,43 @@ def test_rest_behind_a_short_length_is_not_logged(service: Service) -> None:
 
 UNREADABLE = {
     "garbage": b"garbage\r\n\r\n",
-    "binary": bytes(range(128, 256)) + b"\r\n\r\n",
-    "huge request line": request_head("GET", "/" + "x" * 9000),
-    "huge header": request_head("GET", "/health", "A: " + "x" * 20_000),
-    "many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
     "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
-    "length and chunks": post_head("Content-Length: 2", CHUNKED) + b"0\r\n\r\n",
-    "long length": post_head("Content-Length: " + "9" * 5000),
     "unknown coding": post_head("Transfer-Encoding: secret"),
     "unknown expectation": post_head("Content-Length: 2", "Expect: wonders") + b"{}",
-    "version": request_head("GET", "/health", version="3.0"),
-    "folded header": request_head("GET", "/health", "A: x", " y"),
     "bytes in path": "GET /\u00e9 HTTP/1.1\r\n\r\n".encode(),
+    "too long a request line": request_head("GET", "/" + "x" * 9000),
+    "too long a header": request_head("GET", "/health", "A: " + "x" * 20_000),
+    "too many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
 }
 
 
-@pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_what_is_no_http_is_refused_in_json(service: Service, sent: bytes) -> None:
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_is_no_http_is_refused_in_json(service: Service, what: str) -> None:
     with service.connect() as client:
-        answer = client.send(sent).answer()
-        assert answer.error in ("invalid_json", "request_too_large")
+        answer = client.send(UNREADABLE[what]).answer()
+        assert answer.error == ("request_too_large" if "too" in what else "invalid_json")
         assert answer.headers["Connection"] == "close"
         assert client.is_closed()
 
 
+SCHEMES = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-SSL: off")
 ODD = {
+    "headers of a neighbour": request_head("GET", "/health", *SCHEMES),
     "SCRIPT_NAME header": request_head("GET", "/health", "SCRIPT_NAME: /x", "PATH_INFO: /y"),
+    "long query": request_head("GET", "/health?" + "x" * 8000),
     "absolute form": request_head("GET", "http://other/health"),
-    "host junk": b"GET /health HTTP/1.1\r\nHost: <>\"'@[:::\r\n\r\n",
     "no host, HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
 }
 
 
-@pytest.mark.parametrize("sent", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize("sent", ODD.values(), ids=ODD)
 def test_odd_but_well_formed_request_is_200(service: Service, sent: bytes) -> None:
     assert service.ask(sent).status == 200
 
 
-@pytest.mark.parametrize(
-    ("method", "target"), [("GET", "/%ff%00"), ("OPTIONS", "*"), ("CONNECT", "host:80")]
-)
-def test_unknown_target_is_404(service: Service, method: str, target: str) -> None:
-    assert service.ask(request_head(method, target)).error == "not_found"
+@pytest.mark.parametrize("target", ["/%ff%00", "*"])
+def test_unknown_target_is_404(service: Service, target: str) -> None:
+    assert service.ask(request_head("OPTIONS", target)).error == "not_found"
 
 
 # --- Logs and metrics -----------------------------------------------------------------------------
@@ -314,6 +290,8 @@ def test_every_line_of_output_is_json_without_secrets(start_service: StartServic
 
 
 REFUSED = 'email_processor_requests_total{outcome="invalid_json"}'
+ANSWERED = 'email_processor_requests_total{outcome="success"}'
+READ = 'email_processor_token_reads_total{result="success"}'
 READ_AT = "email_processor_token_read_timestamp_seconds"
 
 
@@ -325,32 +303,24 @@ def test_metrics_are_those_of_all_workers_together(service: Service) -> None:
     assert service.metrics()[REFUSED] - before[REFUSED] == 40
 
 
-def test_every_series_is_there_from_the_start(start_service: StartService) -> None:
-    served = {
-        f"{sample.name}{{{labels}}}".replace("{}", "")
-        for family in REGISTRY.collect()
-        for sample in family.samples
-        for labels in [",".join(f'{name}="{value}"' for name, value in sample.labels.items())]
-        if sample.name.startswith("email_processor") and not sample.name.endswith("_created")
-    }
-    with start_service() as service:
-        metrics = service.metrics()
-    assert metrics.keys() == served
-    counted = {name for name, value in metrics.items() if value and name != READ_AT}
-    # The start asks for /health, and each worker reads the token.
-    assert counted <= {
-        'email_processor_requests_total{outcome="success"}',
-        'email_processor_token_reads_total{result="success"}',
-    }
-
-
-def test_metrics_begin_at_nought_in_a_folder_of_ones_own(
+def test_metrics_begin_with_every_series_at_nought(
     start_service: StartService, tmp_path: Path
 ) -> None:
+    """In a folder of one's own, too, in which an earlier run has left its files."""
     folder = tmp_path / "not" / "there"
+    known = {
+        sample.name
+        for family in REGISTRY.collect()
+        for sample in family.samples
+        if sample.name.startswith("email_processor") and not sample.name.endswith("_created")
+    }
     for _ in range(2):
-        with start_service(PROMETHEUS_MULTIPROC_DIR=str(folder)) as service:
-            assert service.metrics().get(REFUSED, 0) == 0
+        with start_service(PROMETHEUS_MULTIPROC_DIR=str(folder), **ONE) as service:
+            metrics = service.metrics()
+            assert {name.partition("{")[0] for name in metrics} == known
+            # The start asks for /health, and the worker reads the token.
+            counted = {name for name, value in metrics.items() if value}
+            assert counted <= {ANSWERED, READ, READ_AT}
             assert service.ask(post(b"{")).status == 400
             assert service.metrics()[REFUSED] == 1
         (folder / "counter_4711.db").write_bytes(b"of an older version")
@@ -363,36 +333,26 @@ def test_worker_that_ends_takes_its_gauges_alone(
 ) -> None:
     fake.set(faults={"SendMessage": {"kind": "reset"}})
     begin, circuits = time.time(), "email_processor_sqs_circuits_open"
-    with start_service(**fake.environment(), GUNICORN_WORKERS="2") as service:
+    with start_service(**fake.environment(), **ONE) as service:
 
-        def open_circuits(number: int) -> bool:
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(lambda _: service.ask(post()), range(8)))
-            return service.metrics()[circuits] == number
+        def is_open_after_a_request() -> bool:
+            service.ask(post())
+            return service.metrics()[circuits] == 1
 
-        eventually(lambda: open_circuits(2))
-        before, both = service.metrics(), service.workers()
-        service.process.send_signal(signal.SIGTTOU)  # one worker less
-        eventually(lambda: len(service.workers()) == 1)
-        (last,) = service.workers()
-        assert last in both
-        eventually(lambda: service.metrics()[circuits] == 1)  # once the master has seen it end
-        fewer = service.metrics()
-        kill(last)
-        eventually(lambda: service.workers() and last not in service.workers())
-
-        def is_closed_again() -> bool:
-            with suppress(ConnectionRefusedError):  # nobody listens while the only worker starts
+        def is_closed() -> bool:
+            with suppress(OSError, AssertionError):  # the killed one's connections end
                 return service.metrics()[circuits] == 0
             return False
 
-        eventually(is_closed_again)
-        replaced = service.metrics()
+        eventually(is_open_after_a_request)
+        before = service.metrics()
+        kill(service.workers()[0])
+        eventually(is_closed)
+        after = service.metrics()
         eventually(lambda: begin <= service.metrics()[READ_AT] <= time.time())
     counters = [name for name in before if re.search("_(total|count|sum|bucket)", name)]
     assert REFUSED in counters
-    for name in counters:
-        assert before[name] <= fewer[name] <= replaced[name], name
+    assert [name for name in counters if after[name] < before[name]] == []
 
 
 def test_reload_keeps_the_counters(start_service: StartService) -> None:
@@ -410,13 +370,7 @@ def test_reload_keeps_the_counters(start_service: StartService) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("SQS_QUEUE_URL", ""),
-        ("PORT", "http"),
-        ("LOG_LEVEL", "LOUD"),
-        ("PROMETHEUS_MULTIPROC_DIR", "/dev/null/x"),
-    ],
+    ("variable", "value"), [("PORT", "http"), ("PROMETHEUS_MULTIPROC_DIR", "/dev/null/x")]
 )
 def test_unusable_variable_stops_the_start_with_a_line(variable: str, value: str) -> None:
     variables = {"SQS_QUEUE_URL": "http://sqs/queue", variable: value}
@@ -455,49 +409,9 @@ def test_gunicorn_has_the_settings_of_the_specification() -> None:
     assert found["worker_tmp_dir"] == ("/dev/shm" if Path("/dev/shm").is_dir() else "None")
 
 
-class Silence:
-    """A listening socket that takes connections and never answers."""
-
-    def __enter__(self) -> Silence:
-        self.sock = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.sock.close()
-
-
-def test_a_single_worker_keeps_to_one_core(start_service: StartService) -> None:
-    with start_service(GUNICORN_WORKERS="1") as service:
-        (pid,) = service.workers()
-        eventually(lambda: len(os.sched_getaffinity(pid)) == 1)
-
-
 def test_several_workers_use_all_cores(service: Service) -> None:
     for pid in service.workers():
         assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
-
-
-def test_requests_that_share_a_call_each_get_their_own_id(
-    start_service: StartService, fake: FakeAws
-) -> None:
-    fault = {"kind": "delay", "seconds": 0.1}  # so that others wait for the next call
-    fake.set(faults={"SQS": fault})
-    profile = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "32"}
-    with start_service(**fake.environment(), **profile) as service:
-
-        def ask(number: int) -> Answer:
-            return service.ask(post(BODY, f"X-Request-Id: r-{number}", "Connection: close"))
-
-        with ThreadPoolExecutor(32) as pool:
-            answers = list(pool.map(ask, range(200)))
-    assert {answer.status for answer in answers} == {200}
-    given = {answer.json["message_id"]: answer.headers["X-Request-Id"] for answer in answers}
-    messages = fake.messages()  # one more for each whose answer came too late
-    sent = {message["message_id"]: message["attributes"]["RequestId"] for message in messages}
-    assert len(given) == 200
-    assert given.items() <= sent.items()
-    assert max(message["batch_size"] for message in messages) > 1
 
 
 def test_no_thread_is_started_before_the_fork(service: Service) -> None:
@@ -514,22 +428,15 @@ def test_each_worker_asks_for_its_token_once_unasked(
         assert fake.counts()["calls"].items() >= seen.items()
 
 
-@pytest.mark.parametrize(("name", "hangs"), [("SSM", True), ("SSM", False), ("SQS", False)])
-def test_health_answers_while_aws_is_out_of_reach(
-    start_service: StartService, name: str, hangs: bool
-) -> None:
-    with Silence() as away, ThreadPoolExecutor(1) as pool:
-        endpoint = away.endpoint if hangs else "http://127.0.0.1:1"
-        with start_service(**{f"AWS_ENDPOINT_URL_{name}": endpoint}) as service:
+def test_health_answers_while_a_request_waits_for_aws(start_service: StartService) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with start_service(AWS_ENDPOINT_URL_SSM=endpoint) as service:
             refusal = pool.submit(service.ask, post())
             assert service.get("/health").status == 200
-            assert not (hangs and refusal.done())
-            expected = "token_store_unavailable" if name == "SSM" else "queue_unavailable"
-            assert refusal.result().status == 503
+            assert not refusal.done()
+            assert refusal.result().error == "token_store_unavailable"
             assert int(refusal.result().headers["Retry-After"]) > 0
-            # A busy machine may take some time for what is within reach.
-            eventually(lambda: service.ask(post()).error == expected)
-            eventually(lambda: service.get("/ready").error == expected)
 
 
 def test_sigterm_answers_what_was_begun(start_service: StartService) -> None:
@@ -541,16 +448,6 @@ def test_sigterm_answers_what_was_begun(start_service: StartService) -> None:
         service.process.send_signal(signal.SIGTERM)
         assert begun.send(BODY).answer().status == 200
         assert service.stop() < 25, "an idle connection held it up until Gunicorn kills"
-
-
-def test_stopped_service_leaves_nothing_behind(start_service: StartService) -> None:
-    with start_service() as service:
-        workers, metrics = service.workers(), metrics_folder(service.workers()[0])
-        assert metrics.is_dir()
-        service.stop()
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    assert {path.name for path in service.temporary.iterdir()} == {"stdout", "stderr"}
-    assert not metrics.exists()
 
 
 def test_client_helper_sees_an_open_connection_as_open(service: Service) -> None:
