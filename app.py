@@ -1112,7 +1112,7 @@ class QueueLimit:
             self.problem = None
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
-            log.error("queue not seen", extra={"cause": detail_of(error)})
+            log.error("queue not reached", extra={"cause": detail_of(error)})
 
 
 class Publisher:
@@ -1529,12 +1529,12 @@ class Service(Flask):
         missing = {}
         if not self.tokens.ready:
             reason = self.tokens.problem or "SSM has no parameter of the configured name"
-            missing["token_store_unavailable"] = f"The token was not read yet: {reason}"
+            missing["token_store_unavailable"] = f"The token has not been read yet: {reason}"
         try:
             self.publisher.limit.bytes()
         except Refusal:
             missing["queue_unavailable"] = (
-                f"The queue was not seen yet: {self.publisher.limit.problem}"
+                f"The queue has not been reached yet: {self.publisher.limit.problem}"
             )
         if missing:
             raise Refusal(next(iter(missing)), "; ".join(missing.values()))

@@ -155,7 +155,7 @@ def test_cause_of_the_log_leads_to_its_row(
         fake.set(faults={"SQS": fault})
     settings = app.Settings(sqs_queue_url=fake.queue_url)
     app.create_app(settings).test_client().get("/ready")
-    (line,) = [vars(record) for record in caplog.records if record.message == "queue not seen"]
+    (line,) = [vars(record) for record in caplog.records if record.message == "queue not reached"]
     assert row_of(line["cause"]) == row_of(word), line["cause"]
 
 
