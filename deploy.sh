@@ -30,8 +30,7 @@ Options (in parentheses the value of the first run):
   --timeout SECONDS        how long to wait for the ALB, its first answer, and each removal (300)
   --check URL              run ./test.sh URL, and undo the roll-out if it fails; alb: the ALB's host, by HTTP
 
-API_TOKEN holds the token, if the parameter has to be made. Without it you are asked. If you answer
-nothing, or there is no terminal at the first run, a random one is made.
+API_TOKEN holds the token, if the parameter has to be made. Without it, a first run makes a random one.
 
 Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument, 130 when interrupted.
 HELP
@@ -224,7 +223,7 @@ check_token() {
   [ "$token_found" != None ] || token_found=""
   [[ $answer != *$'\n'* ]] || say "note: there is no token parameter ${answer#*$'\n'}"
   # A random token in place of a mistyped name would cut off every client of a service that runs.
-  [[ -n $token_found${API_TOKEN:+given} || -z $(value_of RoleArn) || -t 0 ]] ||
+  [[ -n $token_found || -n ${API_TOKEN:-} || -z $(value_of RoleArn) ]] ||
     problem "There is no token parameter ${tokens%%,*}: correct --token-parameter, or give its value in API_TOKEN."
 }
 
@@ -262,9 +261,12 @@ preflight() {
     cluster=${cluster:-$(value_of ClusterName)} cluster=${cluster:-dev-CP-EKS-CLUSTER}
     check_cluster
     complete_options
-    [ "$mode" = delete ] || check_token
-    [ "$mode" = delete ] || check_queue
-    [ "$mode" = delete ] || check_certificate
+    if [ "$mode" != delete ]; then
+      check_token
+      check_queue
+      check_certificate
+      stack_parameters
+    fi
   fi
   [ ${#problems[@]} -eq 0 ] || {
     printf '      - %s\n' "${problems[@]}" >&2
@@ -291,7 +293,7 @@ stack_parameters() {
   local arn=arn:$partition:ssm:$region:$account:parameter
   queue_arn=arn:$partition:sqs:$region:$account:$queue token_arns=$arn${tokens//,/,$arn}
   parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "EnvironmentName=$environment"
-    "QueueName=$queue" "CreateQueue=$create_queue" "DeadLetterQueueName=$dead_letters"
+    "QueueName=$queue" "CreateQueue=$create_queue" "DeadLetterQueueName=${dead_letters:-$queue-dlq}"
     "QueueArns=$(join "$(value_of QueueArns)" "$queue_arn")"
     "TokenParameterArns=$(join "$(value_of TokenParameterArns)" "$token_arns")"
     ${parameters[@]+"${parameters[@]}"})
@@ -314,10 +316,6 @@ deploy_stack() {
 token() (
   { set +x; } 2>/dev/null
   token=${API_TOKEN:-}
-  if [ -z "$token" ] && [ -t 0 ]; then
-    read -rsp "      Token for $token_found (nothing: make one up): " token
-    echo >&2
-  fi
   token=${token#"${token%%[![:space:]]*}"} token=${token%"${token##*[![:space:]]}"}
   [ -n "$token" ] || token=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n')
   printf %s "$token"
@@ -433,7 +431,7 @@ patch_of() {
       {op: replace, path: /$2, value: $content}]"
 }
 
-go_back() {
+put_back() {
   local replicas
   quietly kube patch "configmap/$name-config" --type json --patch "$old_config" || true
   # The autoscaler may have changed their number since.
@@ -441,22 +439,25 @@ go_back() {
     --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]"
 }
 
+# Goes back to what ran before, and says so in failure.
+go_back() {
+  if [ "$served" != NewReplicaSetAvailable ]; then
+    failure+=" No roll-out had succeeded before, so there is nothing to go back to."
+  elif put_back && trap - INT TERM HUP && rollout; then
+    failure+=" The deployment was undone: what ran before serves again."
+  else
+    failure+=" Going back to what ran before failed, too: see kubectl --namespace $name describe deployment $name."
+  fi
+}
+
 # The end of every run. A failure is explained, and what was applied is undone.
 finish() {
   local status=$?
   trap '' INT TERM HUP # a second Ctrl-C must not leave half of it
   if [ "$status" -ne 0 ] && [ -z "$failure" ]; then
-    failure="The step '$doing' failed, for the reasons above."
+    failure="The step '$doing' failed. Correct the reasons above, and run this again."
     if [ "$status" -eq 130 ]; then failure=Interrupted.; else status=1; fi
-    if [ "$undo" = no ]; then
-      failure+=" Correct them and run this again."
-    elif [ "$served" != NewReplicaSetAvailable ]; then
-      failure+=" No roll-out had succeeded before, so there is nothing to go back to."
-    elif go_back && trap - INT TERM HUP && rollout; then
-      failure+=" The deployment was undone: what ran before serves again."
-    else
-      failure+=" Going back to what ran before failed, too: see kubectl --namespace $name describe deployment $name."
-    fi
+    [ "$undo" = no ] || go_back
   fi
   [ -z "$failure" ] || echo "deploy.sh: $failure" >&2
   [ -z "$work" ] || rm -rf "$work"
@@ -499,7 +500,6 @@ deploy() {
   preflight
   find_tag
   step "deploy the stack $stack"
-  stack_parameters
   deploy_stack "${parameters[@]}"
   stack_values=$(show_stack)
   step "make the token parameter, if there is none"
@@ -535,14 +535,11 @@ deploy() {
 dry_run() {
   preflight
   find_tag
-  stack_parameters
   cat <<END
 Would deploy the stack $stack with ${parameters[*]};
 $([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
 build and push $repository:$tag, unless the registry has it;
-apply to $cluster what --render prints, with ${certificate_arn:-no certificate};
-wait for the roll-out and the ALB${check:+, check the service at $check}, and undo the roll-out if it fails;
-make the alarms of the ALB, and take away the rights of what ran before.
+apply to $cluster what --render prints, with ${certificate_arn:-no certificate}${check:+; check the service at $check}.
 Nothing was changed.
 END
 }

@@ -503,7 +503,8 @@ def test_failed_roll_out_brings_the_whole_deployment_back(running: World, checko
     (applied,) = running.applied()
     assert applied[-1]["spec"]["minReadySeconds"] == 2
     assert result.stderr.endswith(
-        f"deploy.sh: The step 'wait for the roll-out' failed, for the reasons above. {UNDONE}"
+        "deploy.sh: The step 'wait for the roll-out' failed. "
+        f"Correct the reasons above, and run this again. {UNDONE}"
     )
     assert "Back-off pulling image" in result.stderr
     assert "AWS_REGION must be a region" in result.stderr
@@ -526,7 +527,7 @@ def test_failure_after_a_failure_does_not_wait_twice(machine: World) -> None:
 def test_pods_that_fail_without_a_change_are_not_undone(running: World) -> None:
     running.set(broken=[running.objects[DEPLOYMENT]["spec"]["template"]])
     errors = running.fail()
-    assert "failed, for the reasons above. Correct them and run this again" in errors
+    assert "failed. Correct the reasons above, and run this again.\n" in errors
     assert not running.calls("kubectl", "patch")
 
 
@@ -598,7 +599,7 @@ def test_check_that_fails_undoes_the_deployment(
         assert running.rights()[-1][0] == "other"
     else:
         assert result.returncode == 1
-        assert result.stderr.endswith(f"failed, for the reasons above. {UNDONE}")
+        assert result.stderr.endswith(f"run this again. {UNDONE}")
         assert unchanging(running) == before
         assert running.rights()[-1][0] == "dev-CP-queue,other"
 
