@@ -482,35 +482,61 @@ def unchanging(machine: World) -> list[dict[str, Any]]:
     return found
 
 
-UNDONE = "The deployment was undone: what ran before serves again.\n"
+PASSES = "echo $1 $TOKEN_SSM_PARAMETER $AWS_REGION"  # all that test.sh is given
 
 
 @slow
-def test_failed_roll_out_brings_the_whole_deployment_back(running: World, checkout: Path) -> None:
+@pytest.mark.parametrize(
+    ("state", "url", "script", "shown"),
+    [
+        ({"rollout_fails": True}, "", "", "The step 'wait for the roll-out' failed"),
+        ({"interrupted": True}, "", "", "deploy.sh: Interrupted."),
+        ({"refused": "PodDisruptionBudget"}, "", "", "PodDisruptionBudget is invalid"),
+        ({"refused": "Deployment"}, "", "", "Deployment is invalid"),
+        ({"curl_fails": True}, "alb", PASSES, "alb.example/health does not answer after 1 s"),
+        ({}, "alb", f"{PASSES}; false", f"http://alb.example {PARAMETER} us-west-1"),
+        ({}, "https://mail.example/", PASSES, f"https://mail.example {PARAMETER} us-west-1"),
+    ],
+)
+def test_failure_brings_back_the_whole_deployment(
+    running: World, checkout: Path, state: dict[str, Any], url: str, script: str, shown: str
+) -> None:
     # The autoscaler has made more pods, and somebody has undone an earlier change by hand.
     objects = running.objects
     objects[DEPLOYMENT]["spec"]["replicas"] = 5
     objects[DEPLOYMENT]["spec"]["template"]["spec"]["containers"][0]["image"] = "by hand"
-    running.set(objects=objects, rollout_fails=True)
+    running.set(objects=objects, **state)
     before = unchanging(running)
     manifest = checkout / "k8s" / "deployment.yaml"
     deadline = "  progressDeadlineSeconds: 300\n"
     text = manifest.read_text().replace(deadline, f"{deadline}  minReadySeconds: 2\n", 1)
     manifest.write_text(text.replace("  labels:\n", "  labels:\n    new: label\n", 2))
-    script = str(checkout / "deploy.sh")
-    result = running.execute(script, REGISTRY, ACCOUNT, "--queue-name", "other")
-    assert result.returncode == 1
+    executable(checkout / "test.sh", f"#!/bin/sh\n{script}\n")
+    check = ("--check", url) if url else ()
+    command = (str(checkout / "deploy.sh"), REGISTRY, ACCOUNT, "--queue-name", "other", *check)
+    result = running.execute(*command, "--timeout", "1")
     (applied,) = running.applied()
     assert applied[-1]["spec"]["minReadySeconds"] == 2
-    assert result.stderr.endswith(
-        "deploy.sh: The step 'wait for the roll-out' failed. "
-        f"Correct the reasons above, and run this again. {UNDONE}"
-    )
-    assert "Back-off pulling image" in result.stderr
-    assert "AWS_REGION must be a region" in result.stderr
-    (events,) = running.calls("kubectl", "events")
-    assert "involvedObject.kind!=HorizontalPodAutoscaler" in " ".join(events["arguments"])
+    assert shown in result.stdout + result.stderr
+    if url.startswith("https"):
+        assert (result.returncode, result.stderr) == (0, ""), result
+        assert running.rights()[-1][0] == "other"
+        return
+    assert result.returncode == (130 if "interrupted" in state else 1)
+    undone = "The deployment was undone: what ran before serves again.\n"
+    assert result.stderr.endswith(undone)
     assert unchanging(running) == before
+    assert running.rights()[-1][0] == "dev-CP-queue,other"
+
+
+@slow
+def test_reasons_of_a_failed_roll_out_are_shown(machine: World) -> None:
+    machine.set(rollout_fails=True)
+    errors = machine.fail()
+    assert "Back-off pulling image" in errors
+    assert "AWS_REGION must be a region" in errors
+    (events,) = machine.calls("kubectl", "events")
+    assert "involvedObject.kind!=HorizontalPodAutoscaler" in " ".join(events["arguments"])
 
 
 @slow
@@ -532,15 +558,6 @@ def test_pods_that_fail_without_a_change_are_not_undone(running: World) -> None:
 
 
 @slow
-def test_ctrl_c_during_the_roll_out_undoes_it(running: World) -> None:
-    before = unchanging(running)
-    running.set(interrupted=True)
-    errors = running.fail("--queue-name", "other", status=130)
-    assert errors.endswith(f"deploy.sh: Interrupted. {UNDONE}")
-    assert unchanging(running) == before
-
-
-@slow
 def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
     os.mkfifo(machine.folder / "go")
     machine.set(blocks=True)
@@ -552,56 +569,12 @@ def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
 
 
 @slow
-@pytest.mark.parametrize("kind", ["PodDisruptionBudget", "Deployment"])
-def test_refused_manifest_is_undone(running: World, kind: str) -> None:
-    before = unchanging(running)
-    running.set(refused=kind)
-    errors = running.fail("--queue-name", "other")
-    assert f"{kind} is invalid" in errors
-    assert "The step 'apply the manifests" in errors
-    assert errors.endswith(UNDONE)
-    assert unchanging(running) == before
-
-
-@slow
 def test_load_balancer_that_does_not_come_is_a_failure(machine: World) -> None:
     machine.set(hostname="")
     errors = machine.fail("--timeout", "1")
     assert "events: " in errors
     assert "The step 'wait for the ALB' failed" in errors
     assert not machine.calls("kubectl", "patch")
-
-
-@slow
-@pytest.mark.parametrize(
-    ("url", "answers", "passes", "shown"),
-    [
-        ("https://mail.example/", True, True, f"https://mail.example {PARAMETER} us-west-1\n"),
-        ("alb", True, False, f"http://alb.example {PARAMETER} us-west-1\n"),
-        ("alb", False, True, "http://alb.example/health does not answer after 1 s"),
-    ],
-)
-def test_check_that_fails_undoes_the_deployment(
-    running: World, checkout: Path, url: str, answers: bool, passes: bool, shown: str
-) -> None:
-    for variable in ("TOKEN_SSM_PARAMETER", "AWS_REGION"):  # all that test.sh is given
-        assert f"${{{variable}:-" in (PROJECT / "test.sh").read_text("utf-8")
-    echo = 'echo "$1 $TOKEN_SSM_PARAMETER $AWS_REGION"'
-    executable(checkout / "test.sh", f"#!/bin/sh\n{echo}\n{str(passes).lower()}\n")
-    before = unchanging(running)
-    running.set(curl_fails=not answers)
-    script = str(checkout / "deploy.sh")
-    options = ("--timeout", "1", "--check", url, "--queue-name", "other")
-    result = running.execute(script, REGISTRY, ACCOUNT, *options)
-    assert shown in result.stdout + result.stderr
-    if answers and passes:
-        assert (result.returncode, result.stderr) == (0, ""), result
-        assert running.rights()[-1][0] == "other"
-    else:
-        assert result.returncode == 1
-        assert result.stderr.endswith(f"run this again. {UNDONE}")
-        assert unchanging(running) == before
-        assert running.rights()[-1][0] == "dev-CP-queue,other"
 
 
 # --- With the AWS command line --------------------------------------------------------------------
