@@ -223,7 +223,8 @@ check_token() {
   [ "$token_found" != None ] || token_found=""
   [[ $answer != *$'\n'* ]] || say "note: there is no token parameter ${answer#*$'\n'}"
   # A random token in place of a mistyped name would cut off every client of a service that runs.
-  [[ -n $token_found || -n ${API_TOKEN:-} || -z $(value_of RoleArn) ]] ||
+  # "given", and not the token itself, which the shell's trace would show.
+  [[ -n $token_found${API_TOKEN:+given} || -z $(value_of RoleArn) ]] ||
     problem "There is no token parameter ${tokens%%,*}: correct --token-parameter, or give its value in API_TOKEN."
 }
 
