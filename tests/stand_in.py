@@ -10,36 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(os.environ["STAND_IN"])
-DEPLOYMENT = "Deployment/email-processor"
+DEPLOYMENT = "deployment/email-processor"
 LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+Object = dict[str, Any]
 
 
-def docker(state: dict[str, Any], arguments: list[str]) -> str:
+def docker(state: Object, arguments: list[str]) -> str:
     match arguments:
-        case ["info"]:
-            if not state["engine"]:
-                sys.exit("Cannot connect to the Docker daemon")
+        case ["info"] if not state["engine"]:
+            sys.exit("Cannot connect to the Docker daemon")
+        case ["build", *_] if state["build_fails"]:
+            sys.exit("ERROR: failed to solve: process did not complete successfully")
         case ["pull", *_, reference]:
             if reference not in state["pushed"]:
                 sys.exit(f"Error response from daemon: manifest for {reference} not found")
-        case ["build", *_]:
-            if state["build_fails"]:
-                sys.exit("ERROR: failed to solve: process did not complete successfully")
+            digest = hashlib.sha256(reference.encode()).hexdigest()
+            return f"Pulling from a registry\nDigest: sha256:{digest}\nStatus: up to date\n"
         case ["push", *_, reference]:
             state["pushed"].append(reference)
-        case ["image", "inspect", *_, reference] if reference in state["pushed"]:
-            repository = reference.rpartition(":")[0]
-            return f"{repository}@sha256:{hashlib.sha256(reference.encode()).hexdigest()}\n"
     return ""
 
 
-def aws(state: dict[str, Any], arguments: list[str], text: str) -> str:
+def aws(state: Object, arguments: list[str], text: str) -> str:
     service, command, *options = arguments
     given = dict(zip(options[::2], options[1::2], strict=False))
     if f"{service} {command}" == state["refused_by_aws"]:
@@ -50,36 +49,33 @@ def aws(state: dict[str, Any], arguments: list[str], text: str) -> str:
         case "cloudformation", "describe-stacks":
             if state["stack"] is None:
                 sys.exit("An error occurred (ValidationError): Stack does not exist")
-            values = {**state["stack"], **state["outputs"]}
-            lines = [state["stack_status"], *(f"{key}\t{value}" for key, value in values.items())]
-            return "\n".join(lines)
+            return "".join(f"{key}\t{value}\n" for key, value in state["stack"].items())
         case "cloudformation", "deploy":
             overrides = options[options.index("--parameter-overrides") + 1 :]
             update = dict(override.split("=", 1) for override in overrides)
-            state["stack"] = {**(state["stack"] or {}), **update}
+            state["stack"] = {"RoleArn": "made", **(state["stack"] or {}), **update}
             state["updates"].append(update)
         case "eks", "describe-cluster":
             if given["--name"] not in state["clusters"]:
                 sys.exit("An error occurred (ResourceNotFoundException)")
-            return f"{state['clusters'][given['--name']]}\thttps://oidc.example/id/1\n"
+            return "https://oidc.example/id/1\n"
         case "eks", "update-kubeconfig":
             Path(given["--kubeconfig"]).write_text("apiVersion: v1\nkind: Config\n")
         case "iam", _:
-            return str(state["providers"])
-        case "ssm", "get-parameter":
-            if given["--name"] not in state["parameters"]:
-                sys.exit("An error occurred (ParameterNotFound)")
+            assert "':oidc-provider/oidc.example/id/1'" in given["--query"]
+            return str(state["provider"])
+        case "ssm", "get-parameters":
+            names = options[options.index("--names") + 1 : options.index("--query")]
+            found = [name for name in names if name in state["parameters"]] or ["None"]
+            return "\n".join([found[0], *sorted({*names} - {*found})])
         case "ssm", "put-parameter":
             state["parameters"][given["--name"]] = text
-        case "sqs", "get-queue-url":
-            if given["--queue-name"] not in state["queues"]:
-                sys.exit("An error occurred (AWS.SimpleQueueService.NonExistentQueue)")
         case "sqs", "get-queue-attributes":
+            if given["--queue-url"].rpartition("/")[2] not in state["queues"]:
+                sys.exit("An error occurred (AWS.SimpleQueueService.NonExistentQueue)")
             return str(state["redrive"])
         case "acm", _:
             return str(state["certificate"])
-        case "ecr", "describe-images":
-            return str(state["digest"])
         case "elbv2", "describe-load-balancers":
             return "arn:aws:elasticloadbalancing:loadbalancer/app/a/1\n"
         case "elbv2", "describe-target-groups":
@@ -87,60 +83,40 @@ def aws(state: dict[str, Any], arguments: list[str], text: str) -> str:
     return ""
 
 
-def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
+def kubectl(state: Object, arguments: list[str], text: str) -> str:
     while arguments[0] in ("--kubeconfig", "--namespace"):
         arguments = arguments[2:]
-    objects, output = state["objects"], arguments[-1]
+    objects = state["objects"]
     if state["unreadable"] in arguments:
         sys.exit("Error from server (Forbidden)")
     match arguments:
         case ["config", "view", *_]:
             return "apiVersion: v1\nkind: Config\n"
-        case ["get", "ingressclass/alb", *_]:
-            return "".join(map(what_runs, [*state["ingress_classes"], *objects.values()]))
-        case ["get", "namespace", name, *_]:
-            return f"namespace/{name}\n" if f"Namespace/{name}" in objects else ""
-        case ["get", "ingress", _, *_]:
-            return str(state["hostname"])
-        case ["get", ("configmap/email-processor-config" | "deployment/email-processor"), *_]:
-            kind, _, name = arguments[1].partition("/")
-            found = objects.get(
-                {"configmap": "ConfigMap", "deployment": "Deployment"}[kind] + "/" + name
-            )
-            if found is None:
-                return ""
-            return json.dumps(found) if output == "json" else str(found["spec"]["replicas"])
-        case ["get", "hpa/email-processor-hpa", *_]:
-            return str(
-                objects["HorizontalPodAutoscaler/email-processor-hpa"]["spec"]["minReplicas"]
-            )
-        case ["get", "targetgroupbindings", *_]:
-            return "targetgroupbinding.elbv2.k8s.aws/k8s-email\n"
+        case ["get", *words, "--output", path] if path.startswith("jsonpath="):
+            name = "/".join(word for word in words if not word.startswith("--"))
+            name = name.replace("hpa/", "horizontalpodautoscaler/")
+            return field(objects[name], path.removeprefix("jsonpath=")) if name in objects else ""
         case ["get", ("pods" | "events") as kind, *_]:
             return f"{kind}: Back-off pulling image\n"
         case ["logs", *_]:
             return "AWS_REGION must be a region\n"
         case ["diff", *_]:
-            if any(not is_applied(state, each) for each in documents(text)):
-                sys.exit(1)
+            sys.exit(not all(is_applied(state, each) for each in documents(text)))
         case ["apply", "-f", "-"]:
-            sys.stderr.write(state["warning"])
             manifests = documents(text)
             done = [apply(state, each) for each in manifests if each["kind"] != state["refused"]]
             if len(done) < len(manifests):
                 save(state)
                 sys.exit(f"Error from server (Invalid): {state['refused']} is invalid")
             return "".join(done)
-        case ["replace", "--raw", path, "-f", "-"]:
-            manifest = json.loads(text)
-            name = manifest["metadata"]["name"]
-            assert path.endswith(f"/email-processor/{manifest['kind'].lower()}s/{name}"), path
-            assert "resourceVersion" not in manifest["metadata"], "it has changed since"
-            store(state, manifest)
+        case ["patch", name, "--type", "json", "--patch", patch]:
+            after = patched(objects[name], documents(patch)[0])
+            version = after["metadata"].get("resourceVersion")
+            assert version in (None, objects[name]["metadata"]["resourceVersion"]), "a conflict"
+            store(state, after)
         case ["scale", _, "--replicas", number]:
-            deployment = json.loads(json.dumps(objects[DEPLOYMENT]))
-            deployment["spec"]["replicas"] = int(number)
-            store(state, deployment)
+            operation = {"op": "replace", "path": "/spec/replicas", "value": int(number)}
+            store(state, patched(objects[DEPLOYMENT], [operation]))
         case ["rollout", "status", *_]:
             return roll_out(state)
         case ["delete", *_]:
@@ -150,45 +126,56 @@ def kubectl(state: dict[str, Any], arguments: list[str], text: str) -> str:
     return ""
 
 
-def documents(text: str) -> list[dict[str, Any]]:
+def documents(text: str) -> list[Any]:
     import yaml  # here, as it would take longer than all else that a call does
 
     return list(yaml.safe_load_all(text))
 
 
-def what_runs(found: dict[str, Any]) -> str:
-    """As the template of deploy.sh prints it."""
-    metadata, spec = found["metadata"], found.get("spec", {})
-    values = [spec.get("controller"), found.get("data", {}).get("sqs_queue_url")]
-    for annotation in ("eks.amazonaws.com/role-arn", "alb.ingress.kubernetes.io/certificate-arn"):
-        values.append(metadata.get("annotations", {}).get(annotation))
-    if found["kind"] == "Deployment":
-        variables = spec["template"]["spec"]["containers"][0]["env"]
-        values += [each["value"] for each in variables if each["name"] == "TOKEN_SSM_PARAMETER"]
-    paused = "true" if spec.get("paused") else ""
-    return f"running{found['kind']}\t{''.join(filter(None, values))}\npaused\t{paused}\n"
+def field(value: Any, path: str) -> str:
+    """What a jsonpath such as {.a.b\\.c[0].d[?(@.name=="x")].e} finds."""
+    pattern = r'\.((?:\\.|[^.[\\])+)|\[(\d+)\]|\[\?\(@\.(\w+)=="(\w+)"\)\]'
+    for name, index, key, wanted in re.findall(pattern, path.strip("{}")):
+        if wanted:
+            value = next((each for each in value if each[key] == wanted), {})
+        else:
+            value = value[int(index)] if index else value.get(name.replace("\\", ""), {})
+    return str(value) if isinstance(value, str | int) else json.dumps(value) if value else ""
 
 
-def identity(manifest: dict[str, Any]) -> str:
-    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+def patched(found: Object, operations: list[Any]) -> Object:
+    found = json.loads(json.dumps(found))
+    for operation in operations:
+        *parents, last = operation["path"].split("/")[1:]
+        parent = found[parents[0]] if parents else found
+        assert last in parent
+        if operation["op"] == "remove":
+            del parent[last]
+        else:
+            parent[last] = operation["value"]
+    return found
 
 
-def is_applied(state: dict[str, Any], manifest: dict[str, Any]) -> bool:
+def identity(manifest: Object) -> str:
+    return f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
+
+
+def is_applied(state: Object, manifest: Object) -> bool:
     live = state["objects"].get(identity(manifest), {"metadata": {}})
     return bool(live["metadata"].get("annotations", {}).get(LAST_APPLIED) == json.dumps(manifest))
 
 
-def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
-    name, kind = identity(manifest), manifest["kind"]
+def apply(state: Object, manifest: Object) -> str:
+    name = identity(manifest)
     if namespace := manifest["metadata"].get("namespace"):
-        assert f"Namespace/{namespace}" in state["objects"], f"{name} comes before its namespace"
+        assert f"namespace/{namespace}" in state["objects"], f"{name} comes before its namespace"
     if is_applied(state, manifest):
         # As a real server does: its selector is always patched.
-        return f"{name} {'configured' if kind == 'PodDisruptionBudget' else 'unchanged'}\n"
+        return f"{name} {'configured' if 'poddisruption' in name else 'unchanged'}\n"
     before = state["objects"].get(name)
     after = json.loads(json.dumps(manifest))
     after["metadata"].setdefault("annotations", {})[LAST_APPLIED] = json.dumps(manifest)
-    if kind == "Deployment":
+    if name == DEPLOYMENT:
         after["spec"]["replicas"] = before["spec"]["replicas"] if before else 1
         # kubectl takes away what it has applied, and nothing else.
         kept = (before or {}).get("spec", {})
@@ -196,22 +183,22 @@ def apply(state: dict[str, Any], manifest: dict[str, Any]) -> str:
         after["spec"] = {key: kept[key] for key in kept if key not in last} | after["spec"]
         if state["rollout_fails"]:
             state["broken"].append(after["spec"]["template"])
+    if state["hostname"] and manifest["kind"] == "Ingress":
+        after["status"] = {"loadBalancer": {"ingress": [{"hostname": state["hostname"]}]}}
     store(state, after)
     return f"{name} {'configured' if before else 'created'}\n"
 
 
-def store(state: dict[str, Any], after: dict[str, Any]) -> None:
-    before = state["objects"].get(identity(after), {"spec": None, "metadata": {"generation": 0}})
-    changed = after.get("spec") != before.get("spec")
+def store(state: Object, after: Object) -> None:
+    before = state["objects"].get(identity(after), {})
     state["version"] += 1
     after["metadata"]["resourceVersion"] = str(state["version"])
-    after["metadata"]["generation"] = before["metadata"].get("generation", 0) + changed
-    if after["kind"] == "Deployment" and changed:
+    if identity(after) == DEPLOYMENT and after["spec"] != before.get("spec"):
         after["status"] = {"conditions": [{"type": "Progressing", "reason": "ReplicaSetUpdated"}]}
     state["objects"][identity(after)] = after
 
 
-def roll_out(state: dict[str, Any]) -> str:
+def roll_out(state: Object) -> str:
     deployment = state["objects"][DEPLOYMENT]
     print("Waiting for deployment", flush=True)
     if state["blocks"]:
@@ -230,13 +217,13 @@ def roll_out(state: dict[str, Any]) -> str:
     return 'deployment "email-processor" successfully rolled out\n'
 
 
-def save(state: dict[str, Any]) -> None:
+def save(state: Object) -> None:
     (FOLDER / "state.json").write_text(json.dumps(state))
 
 
 def main() -> None:
     tool, *arguments = sys.argv[1:]
-    if tool == "kubectl" and ("kustomize" in arguments or "--local" in arguments):
+    if tool == "kubectl" and arguments[0] == "kustomize":
         os.execv(os.environ["REAL_KUBECTL"], ["kubectl", *arguments])
     reads = {"-f", "--password-stdin", "file:///dev/stdin"} & set(arguments)
     text = sys.stdin.read() if reads else ""

@@ -12,7 +12,7 @@ import pytest
 from moto.cloudformation import cloudformation_backends
 from moto.cloudformation.parsing import clean_json
 from test_documentation import OPENAPI, page
-from test_manifests import CONFIG, HPA, NAME, SERVICE, SERVICE_ACCOUNT, SETTINGS
+from test_manifests import HPA, NAME, SERVICE, SERVICE_ACCOUNT, SETTINGS
 
 import app
 
@@ -59,74 +59,44 @@ def of_type(kind: str, **parameters: str) -> dict[str, Any]:
 # --- Role -----------------------------------------------------------------------------------------
 
 
-def statements(**parameters: str) -> list[dict[str, Any]]:
-    role = stack(**parameters)["Role"]
+def test_only_the_service_account_may_take_the_role() -> None:
+    metadata = SERVICE_ACCOUNT["metadata"]
+    (statement,) = json.loads(stack()["Role"]["AssumeRolePolicyDocument"])["Statement"]
+    assert statement["Principal"] == {
+        "Federated": f"arn:aws:iam::ACCOUNT_ID:oidc-provider/{ISSUER}"
+    }
+    subject = f"system:serviceaccount:{metadata['namespace']}:{metadata['name']}"
+    exact = {f"{ISSUER}:sub": subject, f"{ISSUER}:aud": "sts.amazonaws.com"}
+    assert statement["Condition"] == {"StringEquals": exact}
+
+
+@pytest.mark.parametrize("key", ["", "arn:aws:kms:us-west-1:123:key/1a-2b"])
+def test_role_may_use_its_tokens_queues_and_key_alone(key: str) -> None:
+    tokens = [token_arn("/old"), token_arn("/new")]
+    queues = [f"arn:aws:sqs:us-west-1:123456789012:{name}" for name in ("old", "new.fifo")]
+    given = {"TokenParameterArns": ",".join(tokens), "QueueArns": ",".join(queues)}
+    role = stack(**given, TokenKeyArn=key)["Role"]
     assert "ManagedPolicyArns" not in role
     (policy,) = role["Policies"]
     # moto leaves None where AWS::NoValue leaves nothing.
-    return [statement for statement in policy["PolicyDocument"]["Statement"] if statement]
-
-
-def test_only_the_service_account_may_take_the_role() -> None:
-    metadata = SERVICE_ACCOUNT["metadata"]
-    trust = json.loads(stack()["Role"]["AssumeRolePolicyDocument"])
-    assert trust["Statement"] == [
-        {
-            "Effect": "Allow",
-            "Principal": {"Federated": f"arn:aws:iam::ACCOUNT_ID:oidc-provider/{ISSUER}"},
-            "Action": "sts:AssumeRoleWithWebIdentity",
-            "Condition": {
-                "StringEquals": {
-                    f"{ISSUER}:sub": (
-                        f"system:serviceaccount:{metadata['namespace']}:{metadata['name']}"
-                    ),
-                    f"{ISSUER}:aud": "sts.amazonaws.com",
-                }
-            },
-        }
-    ]
-
-
-def test_role_may_use_its_tokens_and_queues_alone() -> None:
-    tokens = [token_arn("/old"), token_arn("/new")]
-    queues = [f"arn:aws:sqs:us-west-1:123456789012:{name}" for name in ("old", "new.fifo")]
-    both = {"TokenParameterArns": ",".join(tokens), "QueueArns": ",".join(queues)}
-    assert statements(**both) == [
-        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameter*", "Resource": tokens},
-        {
-            "Sid": "SendMessages",
-            "Effect": "Allow",
-            "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-            "Resource": queues,
-        },
-    ]
-
-
-def test_role_may_use_the_tokens_own_key_through_ssm_alone() -> None:
-    key = "arn:aws:kms:us-west-1:123:key/1a-2b"
-    assert statements(TokenKeyArn=key)[2:] == [
-        {
-            "Sid": "DecryptToken",
-            "Effect": "Allow",
-            "Action": "kms:Decrypt",
-            "Resource": key,
-            "Condition": {"StringEquals": {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}},
-        }
-    ]
+    read, send, *decrypt = filter(None, policy["PolicyDocument"]["Statement"])
+    assert (read["Action"], read["Resource"]) == ("ssm:GetParameter*", tokens)
+    assert (send["Action"], send["Resource"]) == (
+        ["sqs:SendMessage", "sqs:GetQueueAttributes"],
+        queues,
+    )
+    through_ssm = {"StringEquals": {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}}
+    assert [(each["Action"], each["Resource"], each["Condition"]) for each in decrypt] == (
+        [("kms:Decrypt", key, through_ssm)] if key else []
+    )
 
 
 def test_no_other_resource_grants_anything() -> None:
-    kinds = set(re.findall(r"^    Type: AWS::(\S+)$", TEMPLATE, re.MULTILINE))
-    assert kinds == {
-        "CloudWatch::Alarm",
-        "CloudWatch::Dashboard",
-        "ECR::Repository",
-        "IAM::Role",
-        "SNS::Subscription",
-        "SNS::Topic",
-        "SQS::Queue",
-        "WAFv2::WebACL",
-    }
+    kinds = " ".join(sorted(set(re.findall(r"^    Type: AWS::(\S+)$", TEMPLATE, re.MULTILINE))))
+    assert kinds == (
+        "CloudWatch::Alarm CloudWatch::Dashboard ECR::Repository IAM::Role "
+        "SNS::Subscription SNS::Topic SQS::Queue WAFv2::WebACL"
+    )
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -136,23 +106,11 @@ def test_names_end_with_the_environment() -> None:
     for end, made in ("", stack()), ("-test", stack(EnvironmentName="test")):
         assert made["Role"]["RoleName"] == f"email-processor-role{end}"
         assert made["Repository"]["RepositoryName"] == f"email-processor{end}"
-
-
-def test_manifests_name_the_role_of_the_template() -> None:
     annotations = SERVICE_ACCOUNT["metadata"]["annotations"]
     assert annotations == {"eks.amazonaws.com/role-arn": stack()["Outputs"]["RoleArn"]}
 
 
-def test_manifests_name_the_queue_of_the_template() -> None:
-    assert stack()["Outputs"]["QueueUrl"] == CONFIG["sqs_queue_url"]
-
-
-def test_deploy_sh_makes_the_token_that_is_read_by_default() -> None:
-    (name,) = SETTINGS["token_ssm_parameter"]
-    assert name in (app.PROJECT / "deploy.sh").read_text("utf-8")
-
-
-def test_deploy_sh_names_parameters_and_outputs_that_exist() -> None:
+def test_deploy_sh_gives_what_the_template_takes() -> None:
     script = (app.PROJECT / "deploy.sh").read_text("utf-8")
     parameters = TEMPLATE.split("\nParameters:\n")[1].split("\nConditions:\n")[0]
     known = {*re.findall(r"^  (\w+):$", parameters, re.MULTILINE), *stack()["Outputs"]}
@@ -161,6 +119,8 @@ def test_deploy_sh_names_parameters_and_outputs_that_exist() -> None:
     assert read
     assert given
     assert read | given <= known
+    (token,) = SETTINGS["token_ssm_parameter"]
+    assert token in script
 
 
 @pytest.mark.parametrize(
@@ -196,35 +156,24 @@ def test_images_are_scanned_immutable_and_cleared_away() -> None:
     assert [rule["selection"]["tagStatus"] for rule in rules] == ["untagged", "any"]
 
 
-def test_queues_are_made_on_request_only() -> None:
+def test_queues_are_made_on_request_alone() -> None:
     assert of_type("SQS::Queue") == {}
-    made = of_type("SQS::Queue", CreateQueue="true")
-    names = {name: queue["QueueName"] for name, queue in made.items()}
-    assert names == {"Queue": "dev-CP-queue", "DeadLetterQueue": "dev-CP-queue-dlq"}
-
-
-def test_queues_are_encrypted_with_14_days_to_live() -> None:
-    for queue in of_type("SQS::Queue", CreateQueue="true").values():
-        assert queue["MessageRetentionPeriod"] == 14 * 24 * 3600
-        assert queue["MaximumMessageSize"] == 2**20, "the most that SQS takes"
-        assert queue["SqsManagedSseEnabled"] is True
+    made = of_type("SQS::Queue", CreateQueue="true", DeadLetterQueueName="dead")
+    queue, dead = made["Queue"], made["DeadLetterQueue"]
+    assert (queue["QueueName"], dead["QueueName"]) == ("dev-CP-queue", "dead")
+    for each in made.values():
+        assert each["MessageRetentionPeriod"] == 14 * 24 * 3600
+        assert each["MaximumMessageSize"] == 2**20, "the most that SQS takes"
+        assert each["SqsManagedSseEnabled"] is True
+    arn = "arn:aws:sqs:us-west-1:ACCOUNT_ID:"
+    assert queue["RedrivePolicy"] == {"deadLetterTargetArn": f"{arn}dead", "maxReceiveCount": 5}
+    assert dead["RedriveAllowPolicy"]["sourceQueueArns"] == [f"{arn}dev-CP-queue"]
 
 
 def test_queues_alone_outlive_the_stack() -> None:
     # But for those of a stack whose first deployment fails: the next could not make them.
     kept = r"^    DeletionPolicy: RetainExceptOnCreate\n    UpdateReplacePolicy: Retain$"
     assert len(re.findall(kept, TEMPLATE, re.M)) == TEMPLATE.count("DeletionPolicy") == 2
-    assert len(of_type("SQS::Queue", CreateQueue="true")) == 2
-
-
-def test_failed_messages_go_to_the_dead_letter_queue() -> None:
-    made = stack(CreateQueue="true", DeadLetterQueueName="dead")
-    assert made["Queue"]["RedrivePolicy"] == {
-        "deadLetterTargetArn": "arn:aws:sqs:us-west-1:ACCOUNT_ID:dead",
-        "maxReceiveCount": 5,
-    }
-    source = "arn:aws:sqs:us-west-1:ACCOUNT_ID:dev-CP-queue"
-    assert made["DeadLetterQueue"]["RedriveAllowPolicy"]["sourceQueueArns"] == [source]
 
 
 def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
@@ -241,6 +190,8 @@ def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
     assert body["ContentType"] == "APPLICATION_JSON"
     documented = OPENAPI["components"]["responses"]["TooManyRequests"]["content"]
     assert json.loads(body["Content"]) == documented["application/json"]["example"]
+    measured = [each["VisibilityConfig"]["MetricName"] for each in (acl, rule)]
+    assert measured == [NAME, "RateLimit"], "as the dashboard draws it"
 
 
 # --- Alarms and dashboard -------------------------------------------------------------------------
@@ -265,7 +216,7 @@ LIMITS = {
     "ServerErrorRateHigh": "None > 1, 3 of 5",
     "LatencyHigh": "p99 > 1, 3 of 5",
     "TargetsUnhealthy": "Maximum > 0, 3 of 3",
-    "ReplicasAtMaximum": "Minimum >= 10, 3 of 3",
+    "ReplicasAtMaximum": f"Minimum >= {HPA['spec']['maxReplicas']}, 3 of 3",
 }
 WHOLE = {
     "LoadBalancerFullName": "app/email/1a",
@@ -324,12 +275,16 @@ def test_dashboard_draws_what_aws_publishes() -> None:
     rate = stack(**WHOLE)["ServerErrorRateHigh"]["Metrics"][0]["Expression"]
     (unhealthy,) = (each for each in SERIES if "UnHealthyHostCount" in each)  # an alarm alone
     assert drawn(**WHOLE) == SERIES - {unhealthy} | {rate}
+    # A dimension must not be empty, before there is a load balancer.
+    assert "AWS/ApplicationELB RequestCount LoadBalancer=none" in drawn()
 
 
-def test_rate_limit_is_drawn_as_it_is_measured() -> None:
-    acl = stack()["WebAcl"]
-    assert acl["VisibilityConfig"]["MetricName"] == NAME
-    assert acl["Rules"][0]["VisibilityConfig"]["MetricName"] == "RateLimit"
+def test_dashboard_shows_the_autoscalers_limits() -> None:
+    assert (SERVICE["metadata"]["namespace"], SERVICE["metadata"]["name"]) == (NAME, NAME)
+    (lines,) = (each["annotations"]["horizontal"] for each in widgets() if "annotations" in each)
+    shown = {line["label"]: line["value"] for line in lines}
+    limits = HPA["spec"]["minReplicas"], HPA["spec"]["maxReplicas"]
+    assert (shown["minimum"], shown["maximum"]) == limits
 
 
 def test_error_rate_counts_what_the_alb_answers_itself() -> None:
@@ -342,67 +297,31 @@ def test_error_rate_counts_what_the_alb_answers_itself() -> None:
     assert {(q["ReturnData"], q["MetricStat"]["Stat"]) for q in queries} == {(False, "Sum")}
 
 
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\b\d+\b(?!xx)", text.replace("five", "5")))
+
+
 @pytest.mark.parametrize("name", LIMITS)
-def test_alarm_rings_at_its_limit(name: str) -> None:
+def test_alarm_rings_at_its_limit_with_its_runbook_entry(name: str) -> None:
     alarm = stack(**WHOLE)[name]
-    statistic = alarm.get("Statistic", alarm.get("ExtendedStatistic"))
     sign = {"GreaterThanThreshold": ">", "GreaterThanOrEqualToThreshold": ">="}
+    statistic = alarm.get("Statistic", alarm.get("ExtendedStatistic"))
     limit = f"{statistic} {sign[alarm['ComparisonOperator']]} {alarm['Threshold']}"
     periods = alarm["EvaluationPeriods"]
     assert LIMITS[name] == f"{limit}, {alarm.get('DatapointsToAlarm', periods)} of {periods}"
-
-
-def numbers(text: str) -> set[float]:
-    return {float(number) for number in re.findall(r"\b\d+\b(?!xx)", text.replace("five", "5"))}
-
-
-@pytest.mark.parametrize("name", LIMITS)
-def test_figures_in_an_alarms_text_follow_from_its_settings(name: str) -> None:
-    alarm = stack(**WHOLE, CreateQueue="true")[name]
-    minutes, periods = alarm.get("Period", 60) / 60, alarm["EvaluationPeriods"]
-    said = numbers(alarm["AlarmDescription"])
-    assert said <= {
-        float(alarm["Threshold"]),
-        alarm["Threshold"] / 60,
-        periods * minutes,
-        alarm.get("DatapointsToAlarm", periods) * minutes,
-        100 - float(alarm.get("ExtendedStatistic", "p0")[1:]),
-        float(stack(CreateQueue="true")["Queue"]["RedrivePolicy"]["maxReceiveCount"]),
-    }
+    topic = ["arn:aws:sns:us-west-1:ACCOUNT_ID:email-processor-alarms"]
+    assert alarm["AlarmActions"] == alarm["OKActions"] == topic
+    assert (alarm["AlarmName"], alarm["TreatMissingData"]) == (f"{NAME}-{name}", "notBreaching")
+    text, _, entry = alarm["AlarmDescription"].partition(" Runbook: ")
+    assert entry == name
     means = page("runbook").split(f"\n### {name}\n")[1].split("**Clients see:**")[0]
-    assert said <= numbers(means)
-
-
-def test_every_alarm_goes_to_the_topic_and_the_runbook() -> None:
-    alarms = of_type("CloudWatch::Alarm", **WHOLE)
-    assert alarms.keys() == LIMITS.keys()
-    for name, alarm in alarms.items():
-        topic = ["arn:aws:sns:us-west-1:ACCOUNT_ID:email-processor-alarms"]
-        assert alarm["AlarmActions"] == alarm["OKActions"] == topic
-        assert re.search(rf"runbook(\.md)?: {name}$", alarm["AlarmDescription"], re.IGNORECASE)
-        assert alarm["AlarmName"] == f"email-processor-{name}"
-        assert alarm["TreatMissingData"] == "notBreaching"
+    assert numbers(text) <= numbers(means)
 
 
 def test_alarms_on_the_load_balancer_wait_for_it() -> None:
+    assert of_type("CloudWatch::Alarm", **WHOLE).keys() == LIMITS.keys()
     later = LIMITS.keys() - of_type("CloudWatch::Alarm").keys()
     assert later == {name for name in LIMITS if BALANCER in "".join(watched(stack(**WHOLE)[name]))}
-
-
-def test_dashboard_has_no_empty_dimension_at_first() -> None:
-    assert "AWS/ApplicationELB RequestCount LoadBalancer=none" in drawn()
-
-
-def test_replicas_are_watched_against_the_autoscalers_limits() -> None:
-    assert stack()["ReplicasAtMaximum"]["Threshold"] == HPA["spec"]["maxReplicas"]
-    assert (SERVICE["metadata"]["namespace"], SERVICE["metadata"]["name"]) == (NAME, NAME)
-    (lines,) = (
-        widget["annotations"]["horizontal"] for widget in widgets() if "annotations" in widget
-    )
-    assert {line["label"]: line["value"] for line in lines} == {
-        "maximum": HPA["spec"]["maxReplicas"],
-        "minimum": HPA["spec"]["minReplicas"],
-    }
 
 
 def test_alarms_are_mailed_when_an_address_is_given() -> None:
