@@ -11,8 +11,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +89,7 @@ class World:
             broken=[],
             objects={"ingressclass/alb": controller},
             version=0,
+            more=0,
             hostname="alb.example",
             account=ACCOUNT,
             stack=None,
@@ -356,17 +359,25 @@ def test_namespace_of_another_deployment_is_not_deleted(machine: World, role: st
 
 
 @pytest.mark.parametrize(
-    ("redrive", "alarm"),
+    ("state", "queue", "parameters"),
     [
-        ("None", "the queue has no dead-letter queue"),
-        (json.dumps({"deadLetterTargetArn": f"{QUEUE}letters"}), "DeadLetterQueueName=letters "),
+        ({}, "dev-CP-queue", "CreateQueue=false DeadLetterQueueName=dev-CP-queue-dlq "),
+        ({"redrive": f'{{"deadLetterTargetArn":"{QUEUE}dead"}}'}, "other", "QueueName=dead "),
+        # What the stack has made it keeps, without --create-queue.
+        ({"stack": {"QueueName": "other", "CreateQueue": "true"}}, "other", "CreateQueue=true "),
+        ({"stack": {"QueueName": "x", "CreateQueue": "true"}}, "other", "CreateQueue=false "),
     ],
 )
-def test_dry_run_says_what_would_be_done(machine: World, redrive: str, alarm: str) -> None:
-    machine.set(redrive=redrive)
-    output = machine.deploy("--dry-run", "--parameter", "RateLimit=300", "--check", "alb")
-    assert alarm in output
+def test_dry_run_says_what_would_be_done(
+    machine: World, state: dict[str, Any], queue: str, parameters: str
+) -> None:
+    machine.set(**state)
+    options = ("--queue-name", queue, "--parameter", "RateLimit=300", "--check", "alb")
+    output = machine.deploy("--dry-run", *options)
+    assert parameters in output
     assert "RateLimit=300;\n" in output
+    found = "=true" in parameters or "redrive" in state
+    assert ("has no dead-letter queue" in output) != found
     assert f"keep the token parameter {PARAMETER}" in output
     assert "check the service at alb" in output
     assert output.endswith("Nothing was changed.\n")
@@ -469,9 +480,13 @@ def test_old_pods_keep_their_rights_until_new_ones_serve(running: World) -> None
     running.set(build_fails=False)
     running.deploy()
     assert running.rights()[3:] == [both, alone]
+    before = running.objects[DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
     running.deploy(*change)
     assert running.rights()[5:] == [both, ("other", "/new")]
     assert running.objects[CONFIG]["data"]["sqs_queue_url"].endswith("/other")
+    # Else the pods would not read it.
+    after = running.objects[DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
+    assert after["checksum/config"] != before["checksum/config"]
 
 
 def unchanging(machine: World) -> list[dict[str, Any]]:
@@ -489,7 +504,7 @@ PASSES = "echo $1 $TOKEN_SSM_PARAMETER $AWS_REGION"  # all that test.sh is given
 @pytest.mark.parametrize(
     ("state", "url", "script", "shown"),
     [
-        ({"rollout_fails": True}, "", "", "The step 'wait for the roll-out' failed"),
+        ({"rollout_fails": True, "more": 3}, "", "", "The step 'wait for the roll-out' failed"),
         ({"interrupted": True}, "", "", "deploy.sh: Interrupted."),
         ({"refused": "PodDisruptionBudget"}, "", "", "PodDisruptionBudget is invalid"),
         ({"refused": "Deployment"}, "", "", "Deployment is invalid"),
@@ -507,6 +522,7 @@ def test_failure_brings_back_the_whole_deployment(
     objects[DEPLOYMENT]["spec"]["template"]["spec"]["containers"][0]["image"] = "by hand"
     running.set(objects=objects, **state)
     before = unchanging(running)
+    before[1]["spec"]["replicas"] += state.get("more", 0)
     manifest = checkout / "k8s" / "deployment.yaml"
     deadline = "  progressDeadlineSeconds: 300\n"
     text = manifest.read_text().replace(deadline, f"{deadline}  minReadySeconds: 2\n", 1)
@@ -563,7 +579,10 @@ def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
     machine.set(blocks=True)
     with machine.start(str(DEPLOY), REGISTRY, ACCOUNT) as process:
         assert process.stdout
+        too_late = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+        too_late.start()
         assert any("Waiting for deployment" in line for line in process.stdout)
+        too_late.cancel()
         (machine.folder / "go").write_text("go on")
         assert "Deployed" in process.communicate(timeout=300)[0]
 
