@@ -1,8 +1,8 @@
 """email-processor: an HTTP front door for an SQS queue.
 
-A request travels through this file from top to bottom: settings, the list of errors, metrics,
-reading the body, parsing and validation, the token store, the publisher, the routes. The last part
-serves on a developer's machine, with an embedded AWS.
+A request travels through this file from top to bottom: settings, the list of errors, metrics, log
+lines, reading the body, parsing and validation, calls of AWS, the token store, the publisher, the
+routes. The last part serves on a developer's machine, with an embedded AWS.
 """
 
 from __future__ import annotations
@@ -238,8 +238,9 @@ class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
 
 # --- Metrics --------------------------------------------------------------------------------------
 
-# A call of SQS takes 5 to 30 ms; 3 and 5 s are the limits of a call, and of a message's wait.
-SECONDS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
+# A call of SQS takes 5 to 30 ms, and 3 s at most. A message waits 5 s at most for its calls. A
+# request takes 14 s at most: both, and the first reads of token and queue.
+BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 14)
 
 
 def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[str, Any]:
@@ -259,7 +260,7 @@ ANSWERS = _counter(
 REQUEST_DURATION = prometheus_client.Histogram(
     "email_processor_request_duration_seconds",
     "Seconds to answer POST /process, without the wait for a thread.",
-    buckets=SECONDS,
+    buckets=BUCKETS,
 )
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
     "email_processor_requests_in_flight",
@@ -275,7 +276,7 @@ SQS_CALLS = _counter(
 SQS_CALL_DURATION = prometheus_client.Histogram(
     "email_processor_sqs_call_duration_seconds",
     "Seconds of a SendMessage or SendMessageBatch call.",
-    buckets=SECONDS,
+    buckets=BUCKETS,
 )
 SQS_BATCH_SIZE = prometheus_client.Histogram(
     "email_processor_sqs_batch_size",
@@ -599,7 +600,7 @@ def timestamp_rule(value: Any) -> str | None:
 # libcurl's options that pycurl has no name for.
 CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
 # libcurl's errors as boto3 calls them; any other is a ConnectionClosedError.
-FAILURES: dict[int, type[BotoCoreError]] = {
+CURL_ERRORS: dict[int, type[BotoCoreError]] = {
     pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
     pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
     pycurl.E_COULDNT_RESOLVE_PROXY: ProxyConnectionError,
@@ -853,7 +854,7 @@ class AwsClient:
 
     def _failure(self, error: pycurl.error, sent: bool) -> Exception:
         code, text = error.args[:2]
-        kind = FAILURES.get(code, ConnectionClosedError)
+        kind = CURL_ERRORS.get(code, ConnectionClosedError)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             kind = ReadTimeoutError if sent else ConnectTimeoutError
         failure: Exception = kind(endpoint_url=self.url, proxy_url="", error="")
@@ -1128,7 +1129,7 @@ class Publisher:
     answered, or when FAILURES calls in a row fail in a way that may pass. Messages are then refused
     at once, but for one call at a time, with less time, that finds out whether SQS is back: first
     the one that saw it go down, then one PROBE_SECONDS after the last. Any answer closes the
-    circuit.
+    circuit, but a 5xx or throttling.
 
     Messages for a FIFO queue go in the order in which they came, but one that is tried again comes
     after those that were sent with it. A client that waits for each answer sees its order kept.

@@ -139,6 +139,8 @@ check_tools() {
     command -v "$tool" >/dev/null || problem "$tool is missing: install it."
   done
   [ "$mode" = delete ] || ask "docker does not reach its engine: start it" docker info || true
+  [[ ! $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\. || "${BASH_REMATCH[*]:1}" = "$account $region" ]] ||
+    problem "The registry $registry is not that of account $account in $region: correct one of them."
 }
 
 check_credentials() {
@@ -166,7 +168,7 @@ read_cluster() {
   else
     aws eks update-kubeconfig --name "$cluster" --kubeconfig "$work/kubeconfig" >/dev/null || return
   fi
-  controller=$(live ingressclass/alb .spec.controller) &&
+  controller=$(live ingressclass/alb .spec.controller) && paused=$(live "deployment/$name" .spec.paused) &&
     live_role=$(live "serviceaccount/$name-sa" '.metadata.annotations.eks\.amazonaws\.com/role-arn') &&
     live_certificate=$(live "ingress/$name-ingress" "$alb/certificate-arn") &&
     live_queue=$(live "configmap/$name-config" .data.sqs_queue_url) &&
@@ -195,6 +197,8 @@ check_cluster() {
   # The class stands for the controller: EKS Auto Mode's own has no Deployment.
   [[ $controller =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
     problem "The cluster has no IngressClass alb: install the AWS Load Balancer Controller; for Auto Mode see SETUP.md."
+  [ "$paused" != true ] ||
+    problem "The Deployment is paused: run kubectl --namespace $name rollout resume deployment/$name."
   ask "AWS does not list the OIDC providers" aws iam list-open-id-connect-providers --output text \
     --query "OpenIDConnectProviderList[?ends_with(Arn, ':oidc-provider/$issuer')].Arn" || return 0
   [ -n "$answer" ] || problem "The cluster's OIDC provider is not registered in IAM: \
@@ -238,10 +242,11 @@ check_queue() {
     [ "$(value_of CreateQueue)" = false ] || { create_queue=true && return; }
   fi
   if [ "$create_queue" = true ]; then
+    [[ $queue != *.fifo ]] || problem "--create-queue makes standard queues only, not $queue."
     ! "${look[@]}" >/dev/null 2>&1 || problem "The queue $queue exists already: leave out --create-queue."
     return 0
   fi
-  ask "There is no queue $queue in $region: add --create-queue, or correct --queue-name" "${look[@]}" || return 0
+  ask "AWS does not show the queue $queue: add --create-queue, or correct --queue-name" "${look[@]}" || return 0
   redrive=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$answer") dead_letters=${redrive:-$dead_letters}
   [ -n "$dead_letters" ] || say "note: the queue has no dead-letter queue, so DeadLetterQueueNotEmpty watches nothing"
 }
@@ -293,6 +298,7 @@ join() { tr , '\n' <<<"$1,$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 stack_parameters() {
   local arn=arn:$partition:ssm:$region:$account:parameter
   queue_arn=arn:$partition:sqs:$region:$account:$queue token_arns=$arn${tokens//,/,$arn}
+  [[ $queue != *.fifo ]] || dead_letters=${dead_letters:-${queue%.fifo}-dlq.fifo}
   parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "EnvironmentName=$environment"
     "QueueName=$queue" "CreateQueue=$create_queue" "DeadLetterQueueName=${dead_letters:-$queue-dlq}"
     "QueueArns=$(join "$(value_of QueueArns)" "$queue_arn")"
@@ -305,9 +311,10 @@ deploy_stack() {
   quietly aws cloudformation deploy --stack-name "$stack" --template-file infra/email-processor.yaml \
     --no-fail-on-empty-changeset --tags "service=$name" --capabilities CAPABILITY_NAMED_IAM \
     --parameter-overrides "$@" || {
-    aws cloudformation describe-stack-events --stack-name "$stack" --output text --query "StackEvents[?ends_with(
-      ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" 2>/dev/null | head -n 10 >&2 || true
-    echo "A stack in state ROLLBACK_COMPLETE has to go first: ./deploy.sh --delete with the same arguments." >&2
+    aws cloudformation describe-stack-events --stack-name "$stack" --output text --query "StackEvents[:40] |
+      [?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" >&2 2>/dev/null || true
+    ! grep -qw ROLLBACK_COMPLETE "$work/log" ||
+      echo "Such a stack has to go first: run ./deploy.sh --delete with the same arguments." >&2
     return 1
   }
 }
@@ -325,7 +332,7 @@ token() (
 make_token() {
   local key
   [ -z "$token_found" ] || {
-    say "keep $token_found"
+    say "keep $token_found${API_TOKEN:+; API_TOKEN is not used}"
     return
   }
   token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
@@ -355,7 +362,10 @@ push_image() {
   fi
   quietly docker build --platform "$platform" --tag "$repository:$tag" .
   quietly docker push "$repository:$tag"
-  find_image
+  find_image || {
+    echo "The registry does not show $repository:$tag after the push." >&2
+    exit 1
+  }
   say "pushed $image"
 }
 
@@ -433,18 +443,19 @@ patch_of() {
 }
 
 put_back() {
-  local replicas
-  quietly kube patch "configmap/$name-config" --type json --patch "$old_config" || true
+  local replicas status=0
+  quietly kube patch "configmap/$name-config" --type json --patch "$old_config" || status=1
   # The autoscaler may have changed their number since.
   replicas=$(live "deployment/$name" .spec.replicas) && quietly kube patch "deployment/$name" --type json \
-    --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]"
+    --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]" || status=1
+  return "$status"
 }
 
 # Goes back to what ran before, and says so in failure.
 go_back() {
   if [ "$served" != NewReplicaSetAvailable ]; then
-    failure+=" No roll-out had succeeded before, so there is nothing to go back to."
-  elif put_back && trap - INT TERM HUP && rollout; then
+    failure+=" The roll-out before had not succeeded either, so there is nothing to go back to."
+  elif put_back && trap 'rm -rf "$work"; exit 130' INT TERM HUP && rollout; then
     failure+=" The deployment was undone: what ran before serves again."
   else
     failure+=" Going back to what ran before failed, too: see kubectl --namespace $name describe deployment $name."
@@ -454,11 +465,11 @@ go_back() {
 # The end of every run. A failure is explained, and what was applied is undone.
 finish() {
   local status=$?
-  trap '' INT TERM HUP # a second Ctrl-C must not leave half of it
+  trap '' INT TERM HUP PIPE # a second Ctrl-C must not leave half of it
   if [ "$status" -ne 0 ] && [ -z "$failure" ]; then
     failure="The step '$doing' failed. Correct the reasons above, and run this again."
     if [ "$status" -eq 130 ]; then failure=Interrupted.; else status=1; fi
-    [ "$undo" = no ] || go_back
+    [ "$undo" = no ] || go_back >&2 # nobody may read standard output any more
   fi
   [ -z "$failure" ] || echo "deploy.sh: $failure" >&2
   [ -z "$work" ] || rm -rf "$work"
@@ -519,6 +530,7 @@ deploy() {
   step "wait for the ALB"
   wait_until "$timeout" has_alb || {
     kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp >&2
+    echo "There is no ALB after $timeout s. See the log of the load balancer controller, too." >&2
     exit 1
   }
   if [ -n "$check" ]; then
@@ -526,7 +538,7 @@ deploy() {
     try_service
     undo=no
   fi
-  step "make the alarms of the ALB, and take away the rights of what ran before"
+  step "make the alarms of the ALB, and remove the rights that only old pods needed"
   finish_stack
   [ -z "$certificate_arn" ] ||
     say "point the certificate's domain at this host with a CNAME or alias record; clients use the domain"
@@ -595,12 +607,12 @@ delete_all() {
 
 mode=deploy region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" create_queue=false
 certificate_arn="" token_parameter="" parameters=() platform=linux/amd64 timeout=300 check=""
-number=0 steps=8 doing="" failure="" problems=() undo=no work=""
+number=0 steps=8 doing=start failure="" problems=() undo=no work=""
 # What is found out about AWS and the cluster.
 stack_values="" partition=aws issuer="" live_role="" live_queue="" live_tokens="" live_certificate=""
 dead_letters="" token_found=""
 trap finish EXIT
-trap 'exit 130' INT TERM HUP
+trap 'exit 130' INT TERM HUP PIPE
 read_arguments "$@"
 check_arguments
 
@@ -610,6 +622,7 @@ stack=$name${environment:+-$environment} role=$name-role${environment:+-$environ
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER=""
+unset KUBECTL_EXTERNAL_DIFF # its exit status might mean something else
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
 

@@ -67,8 +67,8 @@ wsgi_app = "app:create_app()"
 bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
-# Each worker listens for itself, and the kernel spreads connections evenly; that of Linux does. A
-# lone one leaves that to the master: connections wait there while it is being replaced.
+# Each worker has a listening socket of its own, and Linux spreads connections evenly over them. A
+# single worker uses the master's, in which connections wait while the worker is replaced.
 reuse_port = workers > 1 and sys.platform == "linux"
 # Of a worker, idle ones included. Calls of AWS need files too.
 worker_connections = max(threads + 1, min(2000, files - 128 - 4 * threads))

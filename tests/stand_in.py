@@ -208,6 +208,8 @@ def roll_out(state: Object) -> str:
         save(state)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+    deployment["spec"]["replicas"] += state["more"]  # as the autoscaler does
+    state["more"] = 0
     broken = deployment["spec"]["template"] in state["broken"]
     reason = "ProgressDeadlineExceeded" if broken else "NewReplicaSetAvailable"
     deployment["status"]["conditions"][0]["reason"] = reason

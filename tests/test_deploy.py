@@ -11,8 +11,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +89,7 @@ class World:
             broken=[],
             objects={"ingressclass/alb": controller},
             version=0,
+            more=0,
             hostname="alb.example",
             account=ACCOUNT,
             stack=None,
@@ -282,11 +285,12 @@ def assert_nothing_was_changed(machine: World) -> None:
 
 
 def another_runs(machine: World) -> None:
-    """The cluster has a deployment of another environment, and another kind of Ingress."""
+    """The cluster has a paused deployment of another environment, and another kind of Ingress."""
     annotations = {"eks.amazonaws.com/role-arn": f"{ROLE}-prod"}
     account = {"serviceaccount/email-processor-sa": {"metadata": {"annotations": annotations}}}
     nginx = {"ingressclass/alb": {"spec": {"controller": "k8s.io/ingress-nginx"}}}
-    machine.set(objects={**account, **nginx})
+    paused = {"deployment/email-processor": {"spec": {"paused": True}}}
+    machine.set(objects={**account, **nginx, **paused})
 
 
 def test_all_problems_are_listed_before_anything_changes(machine: World) -> None:
@@ -297,13 +301,14 @@ def test_all_problems_are_listed_before_anything_changes(machine: World) -> None
         "docker does not reach its engine",
         f"The cluster {CLUSTER} belongs to another deployment, of {ROLE}-prod",
         "The cluster has no IngressClass alb",
+        "The Deployment is paused: run kubectl",
         "OIDC provider is not registered in IAM: run eksctl utils associate-iam-oidc-provider",
-        "There is no queue dev-CP-queue",
+        "AWS does not show the queue dev-CP-queue",
         "The certificate is not ISSUED but FAILED",
     ]
     for problem, words in zip(problems, expected, strict=True):
         assert words in problem
-    assert summary.startswith("deploy.sh: 6 problem(s)")
+    assert summary.startswith("deploy.sh: 7 problem(s)")
     assert_nothing_was_changed(machine)
 
 
@@ -311,7 +316,7 @@ def test_all_problems_are_listed_before_anything_changes(machine: World) -> None
     ("state", "options", "problem"),
     [
         ({}, "--cluster other", "does not show the cluster other in us-west-1"),
-        ({"clusters": [], "queues": []}, "", "There is no queue"),
+        ({"clusters": [], "queues": []}, "", "AWS does not show the queue"),
         ({}, "--create-queue", "The queue dev-CP-queue exists already"),
         ({"account": "9" * 12}, "--dry-run", f"are of account 999999999999, not {ACCOUNT}"),
         ({"refused_by_aws": "sts get-caller-identity"}, "", "credentials do not work"),
@@ -356,17 +361,25 @@ def test_namespace_of_another_deployment_is_not_deleted(machine: World, role: st
 
 
 @pytest.mark.parametrize(
-    ("redrive", "alarm"),
+    ("state", "queue", "parameters"),
     [
-        ("None", "the queue has no dead-letter queue"),
-        (json.dumps({"deadLetterTargetArn": f"{QUEUE}letters"}), "DeadLetterQueueName=letters "),
+        ({}, "dev-CP-queue", "CreateQueue=false DeadLetterQueueName=dev-CP-queue-dlq "),
+        ({"redrive": f'{{"deadLetterTargetArn":"{QUEUE}dead"}}'}, "other", "QueueName=dead "),
+        # What the stack has made it keeps, without --create-queue.
+        ({"stack": {"QueueName": "other", "CreateQueue": "true"}}, "other", "CreateQueue=true "),
+        ({"stack": {"QueueName": "x", "CreateQueue": "true"}}, "other", "CreateQueue=false "),
     ],
 )
-def test_dry_run_says_what_would_be_done(machine: World, redrive: str, alarm: str) -> None:
-    machine.set(redrive=redrive)
-    output = machine.deploy("--dry-run", "--parameter", "RateLimit=300", "--check", "alb")
-    assert alarm in output
+def test_dry_run_says_what_would_be_done(
+    machine: World, state: dict[str, Any], queue: str, parameters: str
+) -> None:
+    machine.set(**state)
+    options = ("--queue-name", queue, "--parameter", "RateLimit=300", "--check", "alb")
+    output = machine.deploy("--dry-run", *options)
+    assert parameters in output
     assert "RateLimit=300;\n" in output
+    found = "=true" in parameters or "redrive" in state
+    assert ("has no dead-letter queue" in output) != found
     assert f"keep the token parameter {PARAMETER}" in output
     assert "check the service at alb" in output
     assert output.endswith("Nothing was changed.\n")
@@ -469,9 +482,13 @@ def test_old_pods_keep_their_rights_until_new_ones_serve(running: World) -> None
     running.set(build_fails=False)
     running.deploy()
     assert running.rights()[3:] == [both, alone]
+    before = running.objects[DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
     running.deploy(*change)
     assert running.rights()[5:] == [both, ("other", "/new")]
     assert running.objects[CONFIG]["data"]["sqs_queue_url"].endswith("/other")
+    # Else the pods would not read it.
+    after = running.objects[DEPLOYMENT]["spec"]["template"]["metadata"]["annotations"]
+    assert after["checksum/config"] != before["checksum/config"]
 
 
 def unchanging(machine: World) -> list[dict[str, Any]]:
@@ -489,7 +506,7 @@ PASSES = "echo $1 $TOKEN_SSM_PARAMETER $AWS_REGION"  # all that test.sh is given
 @pytest.mark.parametrize(
     ("state", "url", "script", "shown"),
     [
-        ({"rollout_fails": True}, "", "", "The step 'wait for the roll-out' failed"),
+        ({"rollout_fails": True, "more": 3}, "", "", "The step 'wait for the roll-out' failed"),
         ({"interrupted": True}, "", "", "deploy.sh: Interrupted."),
         ({"refused": "PodDisruptionBudget"}, "", "", "PodDisruptionBudget is invalid"),
         ({"refused": "Deployment"}, "", "", "Deployment is invalid"),
@@ -507,6 +524,7 @@ def test_failure_brings_back_the_whole_deployment(
     objects[DEPLOYMENT]["spec"]["template"]["spec"]["containers"][0]["image"] = "by hand"
     running.set(objects=objects, **state)
     before = unchanging(running)
+    before[1]["spec"]["replicas"] += state.get("more", 0)
     manifest = checkout / "k8s" / "deployment.yaml"
     deadline = "  progressDeadlineSeconds: 300\n"
     text = manifest.read_text().replace(deadline, f"{deadline}  minReadySeconds: 2\n", 1)
@@ -563,7 +581,10 @@ def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
     machine.set(blocks=True)
     with machine.start(str(DEPLOY), REGISTRY, ACCOUNT) as process:
         assert process.stdout
+        too_late = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL))
+        too_late.start()
         assert any("Waiting for deployment" in line for line in process.stdout)
+        too_late.cancel()
         (machine.folder / "go").write_text("go on")
         assert "Deployed" in process.communicate(timeout=300)[0]
 
@@ -573,6 +594,7 @@ def test_load_balancer_that_does_not_come_is_a_failure(machine: World) -> None:
     machine.set(hostname="")
     errors = machine.fail("--timeout", "1")
     assert "events: " in errors
+    assert "There is no ALB after 1 s" in errors
     assert "The step 'wait for the ALB' failed" in errors
     assert not machine.calls("kubectl", "patch")
 
