@@ -138,7 +138,8 @@ check_tools() {
   for tool in aws kubectl $([ "$mode" = delete ] || echo docker git) ${check:+curl}; do
     command -v "$tool" >/dev/null || problem "$tool is missing: install it."
   done
-  [ "$mode" = delete ] || ask "docker does not reach its engine: start it" docker info || true
+  [ "$mode" != delete ] || return 0
+  ask "docker does not reach its engine: start it" docker info || true
   [[ ! $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\. || "${BASH_REMATCH[*]:1}" = "$account $region" ]] ||
     problem "The registry $registry is not that of account $account in $region: correct one of them."
 }

@@ -140,7 +140,9 @@ def field(value: Any, path: str) -> str:
             value = next((each for each in value if each[key] == wanted), {})
         else:
             value = value[int(index)] if index else value.get(name.replace("\\", ""), {})
-    return str(value) if isinstance(value, str | int) else json.dumps(value) if value else ""
+    if isinstance(value, str):
+        return value
+    return "" if value == {} else json.dumps(value)
 
 
 def patched(found: Object, operations: list[Any]) -> Object:

@@ -148,9 +148,9 @@ class World:
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def run(
-        self, *options: str, account: str = ACCOUNT, **more: Any
+        self, *options: str, registry: str = REGISTRY, account: str = ACCOUNT, **more: Any
     ) -> subprocess.CompletedProcess[str]:
-        return self.execute(str(DEPLOY), REGISTRY, account, *options, **more)
+        return self.execute(str(DEPLOY), registry, account, *options, **more)
 
     def deploy(self, *options: str, **variables: str) -> str:
         """Run it, and it succeeds without a warning; what it prints."""
@@ -289,7 +289,8 @@ def another_runs(machine: World) -> None:
     annotations = {"eks.amazonaws.com/role-arn": f"{ROLE}-prod"}
     account = {"serviceaccount/email-processor-sa": {"metadata": {"annotations": annotations}}}
     nginx = {"ingressclass/alb": {"spec": {"controller": "k8s.io/ingress-nginx"}}}
-    paused = {"deployment/email-processor": {"spec": {"paused": True}}}
+    pods = {"spec": {"containers": [{"env": []}]}}
+    paused = {"deployment/email-processor": {"spec": {"paused": True, "template": pods}}}
     machine.set(objects={**account, **nginx, **paused})
 
 
@@ -420,7 +421,7 @@ def test_first_manifests_need_git_and_kubectl_alone(
 @needs_kubectl
 def test_rendered_manifests_hold_what_stack_and_options_say(machine: World) -> None:
     acl = f"arn:aws:wafv2:{REGION}:{ACCOUNT}:regional/webacl/theirs/1f-2e"
-    names = "/us-west-1/token,/b"
+    names, registry = "/us-west-1/token,/b", REGISTRY.replace(REGION, "eu-west-1")
     options = ("--region", "eu-west-1", "--environment", "test", "--queue-name", "orders-us-west-1")
     tag = git(PROJECT, "rev-parse", "--short=12", "HEAD").strip()
     if changes := git(PROJECT, "diff", "HEAD"):
@@ -430,9 +431,9 @@ def test_rendered_manifests_hold_what_stack_and_options_say(machine: World) -> N
         stack={"WebAclArn": acl},
         queues=["orders-us-west-1"],
         parameters={"/b": "x"},
-        pushed=[f"{REGISTRY}/email-processor-test:{tag}"],
+        pushed=[f"{registry}/email-processor-test:{tag}"],
     )
-    output = machine.deploy("--render", *options, "--token-parameter", names)
+    output = machine.deploy("--render", *options, "--token-parameter", names, registry=registry)
     manifests = list(yaml.safe_load_all(output))
     assert of_kind(manifests, "ConfigMap")["data"] == {
         "sqs_queue_url": f"https://sqs.eu-west-1.amazonaws.com/{ACCOUNT}/orders-us-west-1",
