@@ -324,10 +324,10 @@ token() (
 
 make_token() {
   local key
-  [ -z "$token_found" ] || {
+  if [ -n "$token_found" ]; then
     say "keep $token_found"
     return
-  }
+  fi
   token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
   token | AWS_CLI_FILE_ENCODING=UTF-8 aws ssm put-parameter --name "$token_found" --type SecureString \
     --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" ${key:+--key-id "$key"} >/dev/null
@@ -351,12 +351,12 @@ push_image() {
   log_in
   if find_image; then
     say "keep $repository:$tag, which the registry has"
-    return
+  else
+    quietly docker build --platform "$platform" --tag "$repository:$tag" .
+    quietly docker push "$repository:$tag"
+    find_image
+    say "pushed $image"
   fi
-  quietly docker build --platform "$platform" --tag "$repository:$tag" .
-  quietly docker push "$repository:$tag"
-  find_image
-  say "pushed $image"
 }
 
 # --- Manifests and roll-out -------------------------------------------------------------------------
