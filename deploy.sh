@@ -43,7 +43,7 @@ die() { failure=$1 && exit "${2:-1}"; }
 say() { printf '      %s\n' "$1"; }
 # Prints line by line at once; sed would hold lines back.
 indent() { while IFS= read -r line; do say "$line"; done; }
-kube() { kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"; }
+kube() { kubectl ${context:+--context "$context"} --namespace "$name" "$@"; }
 # Prints a field of an object in the cluster, "" if there is none.
 live() { kube get "$1" --ignore-not-found --output "jsonpath={$2}"; }
 # Prints a parameter or an output of the stack. Emulators of AWS print a list in brackets.
@@ -158,13 +158,12 @@ show_stack() {
     grep -q 'does not exist' "$work/stack" || { cat "$work/stack" >&2 && return 1; }
 }
 
-# Sets what runs now. The kubeconfig is for this run alone; your own is only read.
+# Sets what runs now. A kubeconfig is made for this run alone; with --context your own is read.
 read_cluster() {
   local alb='.metadata.annotations.alb\.ingress\.kubernetes\.io'
-  if [ -n "$context" ]; then
-    kubectl config view --raw --flatten --minify --context "$context" >"$work/kubeconfig" || return
-  else
-    aws eks update-kubeconfig --name "$cluster" --kubeconfig "$work/kubeconfig" >/dev/null || return
+  if [ -z "$context" ]; then
+    export KUBECONFIG=$work/kubeconfig
+    aws eks update-kubeconfig --name "$cluster" >/dev/null || return
   fi
   controller=$(live ingressclass/alb .spec.controller) &&
     live_role=$(live "serviceaccount/$name-sa" '.metadata.annotations.eks\.amazonaws\.com/role-arn') &&
