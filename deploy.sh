@@ -517,7 +517,8 @@ deploy() {
   [ -n "$check" ] || undo=no
   step "wait for the ALB"
   wait_until "$timeout" has_alb || {
-    kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp >&2
+    kube describe ingress "$name-ingress" >&2
+    echo "There is no ALB after $timeout s: see the events above, and the log of the load balancer controller." >&2
     exit 1
   }
   if [ -n "$check" ]; then
@@ -602,6 +603,9 @@ trap finish EXIT
 trap 'exit 130' INT TERM HUP
 read_arguments "$@"
 check_arguments
+[ -z "$check" ] || steps=9
+[ "$mode" != dry-run ] || steps=1
+[ "$mode" != delete ] || steps=4
 
 name=email-processor # of the stack, the repository, the namespace and what is in it
 # As infra/email-processor.yaml names them.
@@ -613,11 +617,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
 
 case $mode in
-  deploy)
-    [ -z "$check" ] || steps=9
-    deploy
-    ;;
-  dry-run) steps=1 && dry_run ;;
-  render) steps=1 && print_manifests ;;
-  delete) steps=4 && delete_all ;;
+  deploy) deploy ;;
+  delete) delete_all ;;
+  dry-run) dry_run ;;
+  render) print_manifests ;;
 esac

@@ -96,6 +96,8 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
             return field(objects[name], path.removeprefix("jsonpath=")) if name in objects else ""
         case ["get", ("pods" | "events") as kind, *_]:
             return f"{kind}: Back-off pulling image\n"
+        case ["describe", "ingress", name]:
+            return f"events of {name}\n"
         case ["logs", *_]:
             return "AWS_REGION must be a region\n"
         case ["diff", *_]:

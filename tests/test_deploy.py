@@ -591,7 +591,7 @@ def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
 def test_load_balancer_that_does_not_come_is_a_failure(machine: World) -> None:
     machine.set(hostname="")
     errors = machine.fail("--timeout", "1")
-    assert "events: " in errors
+    assert errors.startswith("events of email-processor-ingress\nThere is no ALB after 1 s")
     assert "The step 'wait for the ALB' failed" in errors
     assert not machine.calls("kubectl", "patch")
 
