@@ -43,7 +43,7 @@ die() { failure=$1 && exit "${2:-1}"; }
 say() { printf '      %s\n' "$1"; }
 # Prints line by line at once; sed would hold lines back.
 indent() { while IFS= read -r line; do say "$line"; done; }
-kube() { kubectl --kubeconfig "$work/kubeconfig" --namespace "$name" "$@"; }
+kube() { kubectl ${context:+--context "$context"} --namespace "$name" "$@"; }
 # Prints a field of an object in the cluster, "" if there is none.
 live() { kube get "$1" --ignore-not-found --output "jsonpath={$2}"; }
 # Prints a parameter or an output of the stack. Emulators of AWS print a list in brackets.
@@ -161,13 +161,12 @@ show_stack() {
     grep -q 'does not exist' "$work/stack" || { cat "$work/stack" >&2 && return 1; }
 }
 
-# Sets what runs now. The kubeconfig is for this run alone; your own is only read.
+# Sets what runs now. A kubeconfig is made for this run alone; with --context your own is read.
 read_cluster() {
   local alb='.metadata.annotations.alb\.ingress\.kubernetes\.io'
-  if [ -n "$context" ]; then
-    kubectl config view --raw --flatten --minify --context "$context" >"$work/kubeconfig" || return
-  else
-    aws eks update-kubeconfig --name "$cluster" --kubeconfig "$work/kubeconfig" >/dev/null || return
+  if [ -z "$context" ]; then
+    export KUBECONFIG=$work/kubeconfig
+    aws eks update-kubeconfig --name "$cluster" >/dev/null || return
   fi
   controller=$(live ingressclass/alb .spec.controller) && paused=$(live "deployment/$name" .spec.paused) &&
     live_role=$(live "serviceaccount/$name-sa" '.metadata.annotations.eks\.amazonaws\.com/role-arn') &&
@@ -332,10 +331,10 @@ token() (
 
 make_token() {
   local key
-  [ -z "$token_found" ] || {
+  if [ -n "$token_found" ]; then
     say "keep $token_found${API_TOKEN:+; API_TOKEN is not used}"
     return
-  }
+  fi
   token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
   token | AWS_CLI_FILE_ENCODING=UTF-8 aws ssm put-parameter --name "$token_found" --type SecureString \
     --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" ${key:+--key-id "$key"} >/dev/null
@@ -359,15 +358,15 @@ push_image() {
   log_in
   if find_image; then
     say "keep $repository:$tag, which the registry has"
-    return
+  else
+    quietly docker build --platform "$platform" --tag "$repository:$tag" .
+    quietly docker push "$repository:$tag"
+    find_image || {
+      echo "The registry does not show $repository:$tag after the push." >&2
+      exit 1
+    }
+    say "pushed $image"
   fi
-  quietly docker build --platform "$platform" --tag "$repository:$tag" .
-  quietly docker push "$repository:$tag"
-  find_image || {
-    echo "The registry does not show $repository:$tag after the push." >&2
-    exit 1
-  }
-  say "pushed $image"
 }
 
 # --- Manifests and roll-out -------------------------------------------------------------------------
@@ -530,8 +529,8 @@ deploy() {
   [ -n "$check" ] || undo=no
   step "wait for the ALB"
   wait_until "$timeout" has_alb || {
-    kube get events --field-selector "involvedObject.name=$name-ingress" --sort-by .lastTimestamp >&2
-    echo "There is no ALB after $timeout s. See the log of the load balancer controller, too." >&2
+    kube describe ingress "$name-ingress" >&2
+    echo "There is no ALB after $timeout s: see the events above, and the log of the load balancer controller." >&2
     exit 1
   }
   if [ -n "$check" ]; then
@@ -616,6 +615,9 @@ trap finish EXIT
 trap 'exit 130' INT TERM HUP PIPE
 read_arguments "$@"
 check_arguments
+[ -z "$check" ] || steps=9
+[ "$mode" != dry-run ] || steps=1
+[ "$mode" != delete ] || steps=4
 
 name=email-processor # of the stack, the repository, the namespace and what is in it
 # As infra/email-processor.yaml names them.
@@ -628,11 +630,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
 
 case $mode in
-  deploy)
-    [ -z "$check" ] || steps=9
-    deploy
-    ;;
-  dry-run) steps=1 && dry_run ;;
-  render) steps=1 && print_manifests ;;
-  delete) steps=4 && delete_all ;;
+  deploy) deploy ;;
+  delete) delete_all ;;
+  dry-run) dry_run ;;
+  render) print_manifests ;;
 esac

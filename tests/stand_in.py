@@ -60,7 +60,7 @@ def aws(state: Object, arguments: list[str], text: str) -> str:
                 sys.exit("An error occurred (ResourceNotFoundException)")
             return "https://oidc.example/id/1\n"
         case "eks", "update-kubeconfig":
-            Path(given["--kubeconfig"]).write_text("apiVersion: v1\nkind: Config\n")
+            Path(os.environ["KUBECONFIG"]).write_text("apiVersion: v1\nkind: Config\n")
         case "iam", _:
             assert "':oidc-provider/oidc.example/id/1'" in given["--query"]
             return str(state["provider"])
@@ -84,20 +84,20 @@ def aws(state: Object, arguments: list[str], text: str) -> str:
 
 
 def kubectl(state: Object, arguments: list[str], text: str) -> str:
-    while arguments[0] in ("--kubeconfig", "--namespace"):
+    while arguments[0] in ("--context", "--namespace"):
         arguments = arguments[2:]
     objects = state["objects"]
     if state["unreadable"] in arguments:
         sys.exit("Error from server (Forbidden)")
     match arguments:
-        case ["config", "view", *_]:
-            return "apiVersion: v1\nkind: Config\n"
         case ["get", *words, "--output", path] if path.startswith("jsonpath="):
             name = "/".join(word for word in words if not word.startswith("--"))
             name = name.replace("hpa/", "horizontalpodautoscaler/")
             return field(objects[name], path.removeprefix("jsonpath=")) if name in objects else ""
         case ["get", ("pods" | "events") as kind, *_]:
             return f"{kind}: Back-off pulling image\n"
+        case ["describe", "ingress", name]:
+            return f"events of {name}\n"
         case ["logs", *_]:
             return "AWS_REGION must be a region\n"
         case ["diff", *_]:
