@@ -278,6 +278,7 @@ preflight() {
     printf '      - %s\n' "${problems[@]}" >&2
     die "${#problems[@]} problem(s), listed above; nothing was changed. Solve them and run this again."
   }
+  [ "$mode" = delete ] || find_tag
 }
 
 # Sets tag: the commit, for a changed checkout its changes, and a platform that is not the usual one. ECR
@@ -510,7 +511,6 @@ finish_stack() {
 
 deploy() {
   preflight
-  find_tag
   step "deploy the stack $stack"
   deploy_stack "${parameters[@]}"
   stack_values=$(show_stack)
@@ -547,7 +547,6 @@ deploy() {
 
 dry_run() {
   preflight
-  find_tag
   cat <<END
 Would deploy the stack $stack with ${parameters[*]};
 $([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
@@ -564,8 +563,8 @@ print_manifests() {
   else
     echo "deploy.sh: note: the AWS CLI is not installed, so names are those of a first run." >&2
     complete_options
+    find_tag
   fi
-  find_tag
   { log_in && find_image; } 2>/dev/null || {
     image=$repository:$tag
     echo "deploy.sh: note: the registry shows no image of this commit, so it is named by its tag; deploy it first." >&2
