@@ -973,8 +973,8 @@ class TokenStore:
             "has no token in it": not all(tokens),
         }
         name = parameter.get("Name", "")
-        for problem in [problem for problem, is_there in problems.items() if is_there]:
-            if (name, problem) not in self._warned:
+        for problem, is_there in problems.items():
+            if is_there and (name, problem) not in self._warned:
                 self._warned.add((name, problem))
                 log.warning(f"token parameter {problem}", extra={"parameters": [name]})
         return [token for token in tokens if token]

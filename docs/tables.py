@@ -26,9 +26,9 @@ def settings(old: str) -> list[tuple[str, ...]]:
         name, default = setting.name.upper(), setting.default
         if isinstance(default, tuple):
             default = ",".join(default)
-        shown = (
-            "required" if default is dataclasses.MISSING else f"`{str(default).removesuffix('.0')}`"
-        )
+        shown = f"`{default}`".replace(".0`", "`")
+        if default is dataclasses.MISSING:
+            shown = "required"
         rows.append((f"`{name}`", shown, setting.metadata["rule"], meanings.get(name, "")))
     return rows
 

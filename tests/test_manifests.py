@@ -151,9 +151,10 @@ def test_value_is_as_specified(where: dict[str, Any], name: str, expected: Any) 
 
 def test_network_lets_out_dns_plus_443_alone() -> None:
     assert NETWORK["policyTypes"] == ["Ingress", "Egress"]
-    assert list(find(NETWORK["egress"], "protocol")) == ["UDP", "TCP", "TCP"]
-    assert list(find(NETWORK["egress"], "port")) == [53, 53, 443]
-    assert not list(find(NETWORK, "to"))
+    assert NETWORK["egress"] == [
+        {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+        {"ports": [{"protocol": "TCP", "port": 443}]},
+    ]
 
 
 def test_autoscaler_looks_at_memory_then_cpu() -> None:
@@ -163,7 +164,11 @@ def test_autoscaler_looks_at_memory_then_cpu() -> None:
     assert shares == [("memory", 80), ("cpu", 70)]
     half = {"type": "Percent", "value": 50, "periodSeconds": 300}
     assert HPA["spec"]["behavior"] == {"scaleDown": {"policies": [half]}}
-    assert HPA["spec"]["scaleTargetRef"]["name"] == DEPLOYMENT["metadata"]["name"]
+    assert HPA["spec"]["scaleTargetRef"] == {
+        "apiVersion": DEPLOYMENT["apiVersion"],
+        "kind": "Deployment",
+        "name": NAME,
+    }
 
 
 def test_home_is_a_small_tmp_in_memory() -> None:
