@@ -61,13 +61,16 @@ def of_type(kind: str, **parameters: str) -> dict[str, Any]:
 
 def test_only_the_service_account_may_take_the_role() -> None:
     metadata = SERVICE_ACCOUNT["metadata"]
-    (statement,) = json.loads(stack()["Role"]["AssumeRolePolicyDocument"])["Statement"]
-    assert statement["Principal"] == {
-        "Federated": f"arn:aws:iam::ACCOUNT_ID:oidc-provider/{ISSUER}"
-    }
     subject = f"system:serviceaccount:{metadata['namespace']}:{metadata['name']}"
     exact = {f"{ISSUER}:sub": subject, f"{ISSUER}:aud": "sts.amazonaws.com"}
-    assert statement["Condition"] == {"StringEquals": exact}
+    assert json.loads(stack()["Role"]["AssumeRolePolicyDocument"])["Statement"] == [
+        {
+            "Effect": "Allow",
+            "Principal": {"Federated": f"arn:aws:iam::ACCOUNT_ID:oidc-provider/{ISSUER}"},
+            "Action": "sts:AssumeRoleWithWebIdentity",
+            "Condition": {"StringEquals": exact},
+        }
+    ]
 
 
 @pytest.mark.parametrize("key", ["", "arn:aws:kms:us-west-1:123:key/1a-2b"])
@@ -78,17 +81,25 @@ def test_role_may_use_its_tokens_queues_and_key_alone(key: str) -> None:
     role = stack(**given, TokenKeyArn=key)["Role"]
     assert "ManagedPolicyArns" not in role
     (policy,) = role["Policies"]
-    # moto leaves None where AWS::NoValue leaves nothing.
-    read, send, *decrypt = filter(None, policy["PolicyDocument"]["Statement"])
-    assert (read["Action"], read["Resource"]) == ("ssm:GetParameter*", tokens)
-    assert (send["Action"], send["Resource"]) == (
-        ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-        queues,
-    )
     through_ssm = {"StringEquals": {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}}
-    assert [(each["Action"], each["Resource"], each["Condition"]) for each in decrypt] == (
-        [("kms:Decrypt", key, through_ssm)] if key else []
-    )
+    decrypt = {
+        "Sid": "DecryptToken",
+        "Effect": "Allow",
+        "Action": "kms:Decrypt",
+        "Resource": key,
+        "Condition": through_ssm,
+    }
+    # moto leaves None where AWS::NoValue leaves nothing.
+    assert list(filter(None, policy["PolicyDocument"]["Statement"])) == [
+        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameter*", "Resource": tokens},
+        {
+            "Sid": "SendMessages",
+            "Effect": "Allow",
+            "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
+            "Resource": queues,
+        },
+        *([decrypt] if key else []),
+    ]
 
 
 def test_no_other_resource_grants_anything() -> None:
