@@ -214,8 +214,8 @@ RETRY_AFTER_SECONDS = 5
 AUTHENTICATE = f'Token realm="{SERVICE}"'
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not always an error of ours
-    """A request is answered with an error of ERRORS."""
+class ApiError(Exception):
+    """An error response, by its code in ERRORS."""
 
     def __init__(
         self, code: str, message: str | None = None, errors: list[dict[str, str]] | None = None
@@ -442,7 +442,7 @@ def read_body(limit: int) -> bytes:
     What is too long is read to its end and dropped: many clients read no answer before they have
     sent everything, and an early close would reset the connection under the answer.
 
-    Raises Refusal: request_too_large, request_timeout, or invalid_json for a body that breaks off.
+    Raises ApiError: request_too_large, request_timeout, or invalid_json for a body that breaks off.
     """
     g.body_read = True
     stream, declared = request.stream, request.content_length or 0
@@ -458,13 +458,13 @@ def read_body(limit: int) -> bytes:
     else:
         whole = len(body) >= declared
     if too_large:
-        raise Refusal("request_too_large", f"The request body is larger than {limit} bytes.")
+        raise ApiError("request_too_large", f"The request body is larger than {limit} bytes.")
     if whole:
         return bytes(body)
     # gunicorn.conf.py ends a body that does not arrive in time.
     if getattr(request.environ.get("gunicorn.socket"), "late", False):
-        raise Refusal("request_timeout")
-    raise Refusal("invalid_json", "The request body breaks off or is not well-formed HTTP.")
+        raise ApiError("request_timeout")
+    raise ApiError("invalid_json", "The request body breaks off or is not well-formed HTTP.")
 
 
 # --- Parsing and validation -----------------------------------------------------------------------
@@ -487,18 +487,18 @@ _to_value = re.compile(r"\s*:\s*").match
 
 
 def check_media_type(request: Request) -> None:
-    """Raises Refusal unsupported_media_type, also for a body that is compressed."""
+    """Raises ApiError unsupported_media_type, also for a body that is compressed."""
     if not request.is_json:
-        raise Refusal("unsupported_media_type")
+        raise ApiError("unsupported_media_type")
     for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
         codings = request.headers.get(header, "").lower().split(",")
         if any(coding.strip() not in ("", plain) for coding in codings):
             message = f"The {header} must be {plain} or absent: send the body uncompressed."
-            raise Refusal("unsupported_media_type", message)
+            raise ApiError("unsupported_media_type", message)
 
 
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
-    """The members of the request's JSON object, and its text. Raises Refusal invalid_json."""
+    """The members of the request's JSON object, and its text. Raises ApiError invalid_json."""
     try:
         text = body.decode("utf-8-sig")  # without the byte order mark that PowerShell sends
         members = _decoder.decode(text)
@@ -507,13 +507,13 @@ def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
             raise RecursionError
     except RecursionError:
         message = f"The JSON nests deeper than {MAX_JSON_DEPTH} levels."
-        raise Refusal("invalid_json", message) from None
+        raise ApiError("invalid_json", message) from None
     except UnicodeDecodeError:
-        raise Refusal("invalid_json", "The request body is not UTF-8.") from None
+        raise ApiError("invalid_json", "The request body is not UTF-8.") from None
     except ValueError as error:
-        raise Refusal("invalid_json", f"The request body is not JSON: {error}.") from None
+        raise ApiError("invalid_json", f"The request body is not JSON: {error}.") from None
     if not isinstance(members, dict):
-        raise Refusal("invalid_json", "The request body is not a JSON object.")
+        raise ApiError("invalid_json", "The request body is not a JSON object.")
     return members, text
 
 
@@ -559,9 +559,9 @@ def visible_part(text: str) -> str:
 
 
 def validate_data(data: Any) -> None:
-    """Check the four fields. Raises Refusal invalid_data or invalid_timestamp."""
+    """Check the four fields. Raises ApiError invalid_data or invalid_timestamp."""
     if not isinstance(data, dict):
-        raise Refusal("invalid_data", '"data" is missing or not an object.')
+        raise ApiError("invalid_data", '"data" is missing or not an object.')
     problems = {}
     for name in FIELDS:
         value = data.get(name)
@@ -577,7 +577,7 @@ def validate_data(data: Any) -> None:
         problems["email_timestream"] = f"email_timestream {rule}"
     if problems:
         errors = [{"field": name, "message": problems[name]} for name in FIELDS if name in problems]
-        raise Refusal(code, "; ".join(error["message"] for error in errors), errors)
+        raise ApiError(code, "; ".join(error["message"] for error in errors), errors)
 
 
 def timestamp_rule(value: Any) -> str | None:
@@ -900,14 +900,14 @@ class TokenStore:
         self.problem: str | None = None  # why the last read failed
 
     def accepts(self, token: str) -> bool:
-        """Whether SSM holds the token. Raises Refusal token_store_unavailable."""
+        """Whether SSM holds the token. Raises ApiError token_store_unavailable."""
         self.refresh_if_old()
         reads = self._reads
         if self.ready and self._matches(token):
             return True
         self._refresh(reads, wait=self.problem is None)
         if not self.ready:
-            raise Refusal("token_store_unavailable")
+            raise ApiError("token_store_unavailable")
         return self._matches(token)
 
     def refresh_if_old(self) -> None:
@@ -1071,7 +1071,7 @@ class Pending:
     deadline: float
     attempts: int = 0
     alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
-    outcome: str | Refusal | None = None  # the MessageId, or why there is none
+    outcome: str | ApiError | None = None  # the MessageId, or why there is none
     # Released when its request has something to do. With an Event p99 is a third longer.
     look: threading.Lock = field(default_factory=threading.Lock)
 
@@ -1088,12 +1088,12 @@ class QueueLimit:
         self.problem: str | None = None  # why the last read failed
 
     def bytes(self) -> int:
-        """Raises Refusal queue_unavailable."""
+        """Raises ApiError queue_unavailable."""
         if not self._bytes:
             # One thread reads. The others wait for its result, unless the last one was a failure.
             attempts = self._attempts
             if not self._lock.acquire(blocking=self.problem is None):
-                raise Refusal("queue_unavailable")
+                raise ApiError("queue_unavailable")
             try:
                 if self._attempts == attempts:
                     self._read()
@@ -1101,7 +1101,7 @@ class QueueLimit:
             finally:
                 self._lock.release()
             if self.problem:
-                raise Refusal("queue_unavailable")
+                raise ApiError("queue_unavailable")
         return self._bytes
 
     def _read(self) -> None:
@@ -1173,18 +1173,18 @@ class Publisher:
     def publish(self, message: Message) -> str:
         """Send the message and return its SQS MessageId, once SQS has it.
 
-        Raises Refusal: message_too_large by the queue's own limit, or queue_unavailable.
+        Raises ApiError: message_too_large by the queue's own limit, or queue_unavailable.
         """
         limit = self.limit.bytes()
         entry, size = message.entry(self._fifo)
         if size > limit:
             reason = f"The message has {size} bytes, the queue takes {limit}."
-            raise Refusal("message_too_large", reason)
+            raise ApiError("message_too_large", reason)
         pending = Pending(entry, size, message.request_id, self._clock() + self.SECONDS)
         pending.look.acquire()
         with self._lock:
             if self._open and not self._may_start():
-                raise Refusal("queue_unavailable")
+                raise ApiError("queue_unavailable")
             self._waiting.append(pending)
         try:
             while pending.outcome is None:
@@ -1197,7 +1197,7 @@ class Publisher:
                 with self._lock, suppress(ValueError):
                     self._waiting.remove(pending)
                     self._rouse_first()
-        if isinstance(pending.outcome, Refusal):
+        if isinstance(pending.outcome, ApiError):
             raise pending.outcome
         return pending.outcome
 
@@ -1222,7 +1222,7 @@ class Publisher:
             now, batch, size = self._clock(), list[Pending](), 0
             if now >= pending.deadline and pending in self._waiting:
                 self._waiting.remove(pending)
-                pending.outcome = Refusal("queue_unavailable")
+                pending.outcome = ApiError("queue_unavailable")
                 extra = {"cause": "out of time", "messages": 1, "request_ids": [pending.request_id]}
                 log.error("messages not sent", extra=extra)
             elif self._waiting and self._waiting[0] is pending and self._may_start():
@@ -1268,7 +1268,7 @@ class Publisher:
                     self._probe_at = self._clock() + self.PROBE_SECONDS
                 for pending in batch:
                     if pending not in again:  # it has its outcome, unless this thread is dying
-                        self._end(pending, Refusal("queue_unavailable"))
+                        self._end(pending, ApiError("queue_unavailable"))
                 self._waiting.extendleft(reversed(again))  # in front, in their order
                 self._under_way -= 1
                 self._in_flight -= len(batch)
@@ -1324,7 +1324,7 @@ class Publisher:
                     # The queue's limit may have been lowered since it was read.
                     too_large = "must be shorter than" in cause
                     code = "message_too_large" if too_large else "queue_unavailable"
-                    self._end(pending, Refusal(code))
+                    self._end(pending, ApiError(code))
             self._note(label, began, next(iter(failures), ("", False))[0])
         for (cause, retried), ids in failures.items():
             level, text = (
@@ -1334,7 +1334,7 @@ class Publisher:
             log.log(level, f"messages not sent{text}", extra=extra)
         return again
 
-    def _end(self, pending: Pending, outcome: str | Refusal) -> None:
+    def _end(self, pending: Pending, outcome: str | ApiError) -> None:
         if pending.outcome is None:
             pending.outcome = outcome
             self._rouse(pending)
@@ -1362,7 +1362,7 @@ class Publisher:
                 extra={"cause": cause},
             )
             while self._waiting:  # nobody waits any longer
-                self._end(self._waiting.popleft(), Refusal("queue_unavailable"))
+                self._end(self._waiting.popleft(), ApiError("queue_unavailable"))
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -1448,7 +1448,7 @@ class Service(Flask):
     def warm_up(self) -> None:
         """See the token and the queue, so that a later outage finds every worker knowing both."""
         self.tokens.refresh_if_old()
-        with suppress(Refusal):  # it is logged, and the first request tries again
+        with suppress(ApiError):  # it is logged, and the first request tries again
             self.publisher.limit.bytes()
 
     # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
@@ -1462,13 +1462,13 @@ class Service(Flask):
         g.started = time.perf_counter()
         g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
-            raise Refusal("not_found")  # Werkzeug would take //process for /process
+            raise ApiError("not_found")  # Werkzeug would take //process for /process
 
     def finish(self, response: Response) -> Response:
         environ, line = request.environ, g.line
         if not g.body_read:
             # Unread bytes would be taken for the next request on this connection.
-            with suppress(Refusal):
+            with suppress(ApiError):
                 read_body(0)
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
@@ -1507,9 +1507,9 @@ class Service(Flask):
         members, text = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
-            raise Refusal("token_required")
+            raise ApiError("token_required")
         if not isinstance(token, str) or not self.tokens.accepts(token):
-            raise Refusal("invalid_token")
+            raise ApiError("invalid_token")
         validate_data(members.get("data"))
         return self.publisher.publish(
             Message(
@@ -1533,12 +1533,12 @@ class Service(Flask):
             missing["token_store_unavailable"] = f"The token has not been read yet: {reason}"
         try:
             self.publisher.limit.bytes()
-        except Refusal:
+        except ApiError:
             missing["queue_unavailable"] = (
                 f"The queue has not been reached yet: {self.publisher.limit.problem}"
             )
         if missing:
-            raise Refusal(next(iter(missing)), "; ".join(missing.values()))
+            raise ApiError(next(iter(missing)), "; ".join(missing.values()))
         return json_response({"status": "ready", "service": SERVICE})
 
     def metrics(self) -> Response:
@@ -1565,24 +1565,24 @@ class Service(Flask):
 
     def refused(self, error: Exception) -> Response:
         headers = {}
-        if isinstance(error, Refusal):
-            refusal = error
+        if isinstance(error, ApiError):
+            api_error = error
         elif isinstance(error, NotFound):
-            refusal = Refusal("not_found")
+            api_error = ApiError("not_found")
         elif isinstance(error, MethodNotAllowed):
-            refusal = Refusal("method_not_allowed")
+            api_error = ApiError("method_not_allowed")
             headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
         elif isinstance(error, HTTPException) and (error.code or 500) < 500:
-            refusal = Refusal("invalid_json", "The request is not well-formed HTTP.")
+            api_error = ApiError("invalid_json", "The request is not well-formed HTTP.")
         else:
-            refusal = Refusal("internal_error")
+            api_error = ApiError("internal_error")
             log.error("unhandled exception", exc_info=error)
-        if refusal.status == 503:
+        if api_error.status == 503:
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-        elif refusal.status == 401:
+        elif api_error.status == 401:
             headers["WWW-Authenticate"] = AUTHENTICATE
-        g.line["error"] = refusal.code
-        response = json_response(refusal.body(g.line["request_id"]), refusal.status)
+        g.line["error"] = api_error.code
+        response = json_response(api_error.body(g.line["request_id"]), api_error.status)
         response.headers.update(headers)
         return response
 

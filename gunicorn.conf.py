@@ -292,16 +292,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """
         if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
             too_much = "The request line or a header is too long, or there are too many headers."
-            refusal = app.Refusal("request_too_large", too_much)
+            api_error = app.ApiError("request_too_large", too_much)
         elif req is None:
-            refusal = app.Refusal("invalid_json", "The request is not well-formed HTTP.")
+            api_error = app.ApiError("invalid_json", "The request is not well-formed HTTP.")
         else:
-            refusal = app.Refusal("internal_error")
+            api_error = app.ApiError("internal_error")
             app.log.error("unhandled exception", exc_info=exc)
         request_id = app.request_id_of("")
-        body = json.dumps(refusal.body(request_id)).encode()
+        body = json.dumps(api_error.body(request_id)).encode()
         head = (
-            f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n"
+            f"HTTP/1.1 {api_error.status} {HTTPStatus(api_error.status).phrase}\r\n"
             "Connection: close\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\n\r\n"
         )
@@ -310,9 +310,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             method=getattr(req, "method", ""),
             path=getattr(req, "path", ""),
             client=addr[0],
-            status=refusal.status,
+            status=api_error.status,
             request_id=request_id,
-            error=refusal.code,
+            error=api_error.code,
             cause=type(exc).__name__,
         )
 

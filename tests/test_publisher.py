@@ -179,7 +179,7 @@ class Requests:
             answer = self.publisher.publish(
                 app.Message(body, request_id=f"request-{body[1:-1].strip()}")
             )
-        except app.Refusal as refusal:
+        except app.ApiError as refusal:
             answer = refusal
         except ThreadEnds:
             pass
@@ -233,7 +233,7 @@ class Requests:
     def outcomes(self) -> str:
         """A letter for each: s(ent), or how its refusal's code begins; a blank for none yet."""
         return "".join(
-            " " if not given else given[0].code[0] if isinstance(given[0], app.Refusal) else "s"
+            " " if not given else given[0].code[0] if isinstance(given[0], app.ApiError) else "s"
             for given in self.answers.values()
         )
 
@@ -614,7 +614,7 @@ def test_requests_share_the_first_look_at_the_queue() -> None:
 def test_nobody_waits_for_a_queue_that_was_not_there() -> None:
     look = Look(fails=True)
     look.end.set()
-    with pytest.raises(app.Refusal):
+    with pytest.raises(app.ApiError):
         look.limit.bytes()
     for event in (look.begun, look.end):
         event.clear()
@@ -622,6 +622,6 @@ def test_nobody_waits_for_a_queue_that_was_not_there() -> None:
         first = pool.submit(look.limit.bytes)
         assert look.begun.wait(60)
         other = pool.submit(look.limit.bytes)
-        assert isinstance(other.exception(timeout=20), app.Refusal)
+        assert isinstance(other.exception(timeout=20), app.ApiError)
         assert not first.done()
         look.end.set()
