@@ -33,12 +33,11 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /srv/email-processor
 COPY --from=packages /opt/venv /opt/venv
 # The modes of a checkout depend on its owner's umask.
-COPY --chmod=0644 app.py gunicorn.conf.py openapi.yaml ./
+COPY --chmod=0644 app.py gunicorn.conf.py openapi.yaml worker.py ./
 # Loads all that a start loads: a broken image fails here, and what the official base has no
 # bytecode of, its standard library, is compiled as far as it is used.
 RUN SQS_QUEUE_URL=https://sqs.us-west-1.amazonaws.com/000000000000/check \
-    gunicorn --check-config \
-    && python -c 'import gunicorn.workers.gthread'
+    gunicorn --check-config
 
 # The metrics' folder by name: it is emptied at each start, also after a kill that left it behind.
 ENV PYTHONDONTWRITEBYTECODE=1 \

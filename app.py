@@ -30,7 +30,8 @@ import time
 import unicodedata
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
@@ -207,6 +208,7 @@ ERRORS = {
     "invalid_timestamp": (400, "email_timestream is not a valid Unix timestamp."),
     "message_too_large": (413, "The message is larger than the queue takes."),
     "queue_unavailable": (503, "The queue cannot take messages at present. Try again."),
+    "overloaded": (503, "More requests wait than the service has time or memory for. Try again."),
     "internal_error": (500, "Something went wrong here. The cause is in the service's log."),
 }
 RETRY_AFTER_SECONDS = 5
@@ -218,13 +220,18 @@ class ApiError(Exception):
     """An error response, by its code in ERRORS."""
 
     def __init__(
-        self, code: str, message: str | None = None, errors: list[dict[str, str]] | None = None
+        self,
+        code: str,
+        message: str | None = None,
+        errors: list[dict[str, str]] | None = None,
+        cause: str | None = None,  # for the log
     ) -> None:
         super().__init__(code)
         self.code = code
         self.status, default = ERRORS[code]
         self.message = message or default
         self.errors = errors
+        self.cause = cause
 
     def body(self, request_id: str) -> dict[str, Any]:
         body = {
@@ -344,8 +351,9 @@ def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
 
 def add_request(record: logging.LogRecord) -> bool:
     """The log's filter: a line that is written while a request is handled tells which one."""
-    if not hasattr(record, "request_id") and has_app_context() and "line" in g:
-        vars(record).update({n: g.line[n] for n in ("request_id", "trace_id") if g.line[n]})
+    if not hasattr(record, "request_id") and has_app_context() and "exchange" in g:
+        line = g.exchange.line
+        vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
     return True
 
 
@@ -439,32 +447,23 @@ def record_answer(path: str, status: int, client: str = "", **line: Any) -> None
 def read_body(limit: int) -> bytes:
     """The body of the current request, of at most `limit` bytes.
 
-    What is too long is read to its end and dropped: many clients read no answer before they have
-    sent everything, and an early close would reset the connection under the answer.
-
-    Raises ApiError: request_too_large, request_timeout, or invalid_json for a body that breaks off.
+    Raises ApiError: request_too_large, request_timeout or overloaded, or invalid_json for a body
+    that is truncated.
     """
-    g.body_read = True
-    stream, declared = request.stream, request.content_length or 0
-    too_large, body = declared > limit, b""
-    try:
-        if not too_large:
-            body = stream.read(limit + 1)
-            too_large = len(body) > limit
-        while too_large and stream.read(65536):
-            pass
-    except Exception:  # as the server says that it broke off or that a chunk is malformed
-        whole = False
-    else:
-        whole = len(body) >= declared
-    if too_large:
+    if error := request.environ.get("worker.error"):  # worker.py did not receive the body
+        raise error
+    declared = request.content_length or 0
+    body = b""
+    if declared <= limit:
+        try:
+            body = request.stream.read(limit + 1)
+        except Exception:  # of the server, for a truncated body or a malformed chunk
+            declared = len(body) + 1
+    if max(declared, len(body)) > limit:
         raise ApiError("request_too_large", f"The request body is larger than {limit} bytes.")
-    if whole:
-        return bytes(body)
-    # gunicorn.conf.py ends a body that does not arrive in time.
-    if getattr(request.environ.get("gunicorn.socket"), "late", False):
-        raise ApiError("request_timeout")
-    raise ApiError("invalid_json", "The request body breaks off or is not well-formed HTTP.")
+    if len(body) < declared:
+        raise ApiError("invalid_json", "The request body is truncated or not well-formed HTTP.")
+    return bytes(body)
 
 
 # --- Parsing and validation -----------------------------------------------------------------------
@@ -869,10 +868,11 @@ class TokenStore:
     """The tokens that SSM Parameter Store holds, cached.
 
     SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
-    read happens when the cache is nearly `cache_seconds` old, and when a token does not match (it
-    may be new), but never more than one at a time, nor within READ_INTERVAL seconds of the last
-    (or `cache_seconds`, if that is less). While SSM fails, the last known tokens count; a parameter
-    that SSM no longer has is an answer, not a failure, and its token stops working.
+    read starts when the cache is nearly `cache_seconds` old, and when a token does not match (it
+    may be new), but only one at a time, and none within READ_INTERVAL seconds of the last (or
+    `cache_seconds`, if that is less). A known token stays valid while a read is in progress; a
+    request waits for SSM only with an unknown one. While SSM fails, the last known tokens count; a
+    parameter that SSM no longer has is an answer, not a failure, and its token stops working.
     """
 
     READ_INTERVAL = 5.0
@@ -882,6 +882,7 @@ class TokenStore:
         ssm: Any,
         names: tuple[str, ...],
         cache_seconds: float,
+        executor: Executor,  # of the reads
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -889,48 +890,50 @@ class TokenStore:
         self._names = names
         self._cache_seconds = cache_seconds
         self._interval = min(self.READ_INTERVAL, cache_seconds)
+        self._executor = executor
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
         self._tokens: tuple[bytes, ...] = ()
         self._warned: set[tuple[str, str]] = set()
-        self._attempted_at = self._due_at = self._stale_at = -float("inf")
-        self._reads = 0  # successful ones, to tell whether another thread has just read
+        self._attempted_at = self._due_at = -math.inf
+        self._read_in_progress: Future[None] | None = None
         self.ready = False  # a token was read at least once
         self.problem: str | None = None  # why the last read failed
 
     def accepts(self, token: str) -> bool:
         """Whether SSM holds the token. Raises ApiError token_store_unavailable."""
-        self.refresh_if_old()
-        reads = self._reads
-        if self.ready and self._matches(token):
-            return True
-        self._refresh(reads, wait=self.problem is None)
+        is_known = self._matches(token)
+        if not is_known or self._clock() >= self._due_at:
+            was_failing = self.problem is not None
+            read, is_new = self._start_read()
+            # While SSM fails, at most one request waits for it at a time.
+            if read and not is_known and (is_new or not was_failing):
+                read.result()
+                is_known = self._matches(token)
         if not self.ready:
             raise ApiError("token_store_unavailable")
-        return self._matches(token)
+        return is_known
 
-    def refresh_if_old(self) -> None:
-        now = self._clock()
-        if now >= self._due_at:
-            # One thread reads a little early while the others go on. Only when the cache is really
-            # too old, and SSM is not known to be failing, do all of them wait for the answer.
-            self._refresh(self._reads, wait=now >= self._stale_at and self.problem is None)
+    def refresh(self) -> None:
+        """Start a read of the tokens, unless one is in progress or was just made."""
+        self._start_read()
 
     def _matches(self, token: str) -> bool:
         given = token.encode("utf-8", "surrogatepass")
         matches = [hmac.compare_digest(given, known) for known in self._tokens]
         return any(matches)  # after comparing with all: the time does not tell which one matched
 
-    def _refresh(self, reads: int, wait: bool) -> None:
-        if not self._lock.acquire(blocking=wait):
-            return
-        try:
-            if self._reads == reads and self._clock() - self._attempted_at >= self._interval:
-                self._read()
-                self._attempted_at = self._clock()  # the end of it: a slow failure counts once
-        finally:
-            self._lock.release()
+    def _start_read(self) -> tuple[Future[None] | None, bool]:
+        """The read in progress, if there is one, and whether it was started here."""
+        with self._lock:
+            read = self._read_in_progress
+            if read and not read.done():
+                return read, False
+            if self._clock() - self._attempted_at < self._interval:
+                return None, False
+            read = self._read_in_progress = self._executor.submit(self._read)
+            return read, True
 
     def _read(self) -> None:
         now = self._clock()
@@ -945,6 +948,7 @@ class TokenStore:
             TOKEN_READS["failure"].inc()
             instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
+            self._attempted_at = self._clock()  # the end of the read: a slow failure counts once
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
@@ -954,8 +958,7 @@ class TokenStore:
         if self.ready:
             # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
             self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
-            self._stale_at = now + self._cache_seconds
-        self._reads += 1
+        self._attempted_at = self._clock()
         self.problem = None
         TOKEN_READS["success"].inc()
 
@@ -1063,84 +1066,44 @@ def result_of(results: list[str | Exception]) -> str:
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A message on its way into the queue, and what its request waits for."""
+    """A message that waits for SQS, or is in flight."""
 
     entry: dict[str, Any]
-    size: int
+    size: int  # bytes
     request_id: str
     deadline: float
     attempts: int = 0
-    alone: bool = False  # a batch with it was refused: no other message shall suffer for it again
-    outcome: str | ApiError | None = None  # the MessageId, or why there is none
-    # Released when its request has something to do. With an Event p99 is a third longer.
-    look: threading.Lock = field(default_factory=threading.Lock)
-
-
-class QueueLimit:
-    """The queue's MaximumMessageSize, read once; to have read it is to have seen the queue."""
-
-    def __init__(self, sqs: Any, queue_url: str) -> None:
-        self._sqs = sqs
-        self._queue_url = queue_url
-        self._lock = threading.Lock()
-        self._attempts = 0
-        self._bytes = 0
-        self.problem: str | None = None  # why the last read failed
-
-    def bytes(self) -> int:
-        """Raises ApiError queue_unavailable."""
-        if not self._bytes:
-            # One thread reads. The others wait for its result, unless the last one was a failure.
-            attempts = self._attempts
-            if not self._lock.acquire(blocking=self.problem is None):
-                raise ApiError("queue_unavailable")
-            try:
-                if self._attempts == attempts:
-                    self._read()
-                    self._attempts += 1
-            finally:
-                self._lock.release()
-            if self.problem:
-                raise ApiError("queue_unavailable")
-        return self._bytes
-
-    def _read(self) -> None:
-        try:
-            answer = self._sqs.get_queue_attributes(
-                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
-            )
-            self._bytes = int(answer["Attributes"]["MaximumMessageSize"])
-            self.problem = None
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
-            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
-            log.error("queue not reached", extra={"cause": detail_of(error)})
+    send_separately: bool = False  # SQS rejected a batch that contained it
+    message_id: Future[str] = field(default_factory=Future)  # or an ApiError
 
 
 class Publisher:
-    """Puts messages into the queue, those that arrive together in one call.
+    """Puts messages into the queue; messages that arrive together share a call.
 
-    A call costs nearly the same for ten messages as for one, so messages that come while a call is
-    under way wait and go together in the next (group commit). There is no timer and no thread: the
-    request whose message is first in the line makes the call for its batch. A further call starts
-    beside the one under way when a full batch waits, when every request thread has a message, so
-    that none could join, or when the last call has taken STALL_SECONDS.
+    A call costs nearly the same for ten messages as for one. So a worker makes at most CALLS at
+    once while fewer than ten messages wait; those that arrive meanwhile go together in the next
+    call (group commit). No timer delays a message: one that finds a call free goes at once. With
+    two calls instead of one, a slow call delays no other message; a third would make batches
+    smaller.
 
-    SQS counts as down (the circuit is open) when a call runs out of time while no other one was
-    answered, or when FAILURES calls in a row fail in a way that may pass. Messages are then refused
-    at once, but for one call at a time, with less time, that finds out whether SQS is back: first
-    the one that saw it go down, then one PROBE_SECONDS after the last. Any answer closes the
-    circuit, but a 5xx or throttling.
+    SQS counts as down (the circuit is open) when a call times out and no other call was answered
+    meanwhile, or when FAILURES calls in a row fail for a reason that may pass. While the circuit is
+    open, every message is rejected at once, except one short probe at a time: first the message
+    whose call opened the circuit, then one PROBE_SECONDS after the last. Any answer closes the
+    circuit, except a 5xx or throttling.
 
-    Messages for a FIFO queue go in the order in which they came, but one that is tried again comes
-    after those that were sent with it. A client that waits for each answer sees its order kept.
+    Messages for a FIFO queue are sent in the order of their arrival, but a retry comes after those
+    that were sent with it. A client that waits for each response sees its order kept.
     """
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
+    MAX_PENDING_BYTES = 2**25  # of a worker; four of them have 512 MiB
+    CALLS = 2
     ATTEMPTS = 3
-    SECONDS = 5.0  # for a message to wait for its calls; one that has begun still ends
-    STALL_SECONDS = 0.25  # a call usually takes 0.03
-    FAILURES = 10  # if three calls in ten fail by chance, as many in a row come once in 170,000
+    SECONDS = 5.0  # from arrival to the last attempt's start
+    FAILURES = 10  # if three calls in ten fail by chance, ten in a row come once in 170,000
     PROBE_SECONDS = 0.25
+    READ_INTERVAL = 5.0  # seconds between two reads of the queue's limit
 
     def __init__(
         self,
@@ -1148,134 +1111,221 @@ class Publisher:
         probe: Any,  # the same with less time for a call, while the circuit is open
         queue_url: str,
         calls_in_flight: int,
-        threads: int,
+        executor: Executor,  # of the calls
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._sqs, self._probe, self._queue_url = sqs, probe, queue_url
-        self.limit = QueueLimit(sqs, queue_url)
         self._fifo = queue_url.endswith(".fifo")
         self._calls_in_flight = 1 if self._fifo else calls_in_flight  # in order: one by one
-        self._threads = threads
+        self._executor = executor
         self._clock, self._pause = clock, pause
+        self.max_message_bytes: int | None = None  # the queue's; None until it is known
+        self.problem: str | None = None  # why the last read of it failed
+        self._read_lock = threading.Lock()
+        self._attempted_at = -math.inf
         self._lock = threading.Lock()  # of all that follows
         self._waiting: deque[Pending] = deque()
-        self._under_way = 0  # calls,
-        self._in_flight = 0  # with as many messages
-        self._started_at = -math.inf  # the last call
+        self._pending_bytes = 0
+        self._in_flight = 0  # calls
         self._failures = 0  # calls in a row
         self._answered_at = -math.inf
         self._open = False  # the circuit
         self._opened_at = 0.0
         self._probe_at = 0.0  # when the next probe may start
-        self._probe_batch: list[Pending] | None = None  # the one under way
+        self._probe_batch: list[Pending] | None = None  # in flight
 
-    def publish(self, message: Message) -> str:
-        """Send the message and return its SQS MessageId, once SQS has it.
+    def publish(self, message: Message) -> Future[str]:
+        """Queue the message. The future gives its SQS MessageId once SQS has it.
 
-        Raises ApiError: message_too_large by the queue's own limit, or queue_unavailable.
+        The future, or this call, raises ApiError: message_too_large by the queue's own limit,
+        queue_unavailable, or overloaded.
         """
-        limit = self.limit.bytes()
         entry, size = message.entry(self._fifo)
-        if size > limit:
-            reason = f"The message has {size} bytes, the queue takes {limit}."
-            raise ApiError("message_too_large", reason)
         pending = Pending(entry, size, message.request_id, self._clock() + self.SECONDS)
-        pending.look.acquire()
+        if self.max_message_bytes and size <= self.max_message_bytes:
+            self._add(pending)
+        else:
+            self._executor.submit(self._add_after_read, pending)
+        return pending.message_id
+
+    def read_limit(self) -> None:
+        """Read the queue's MaximumMessageSize, unless that is in progress or was just done."""
+        if not self._read_lock.acquire(blocking=False):
+            return
+        try:
+            if self._clock() - self._attempted_at < self.READ_INTERVAL:
+                return
+            answer = self._sqs.get_queue_attributes(
+                QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
+            )
+            self.max_message_bytes = int(answer["Attributes"]["MaximumMessageSize"])
+            self.problem = None
+        except Exception as error:  # a garbled answer makes botocore raise almost anything
+            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
+            log.error("queue not reached", extra={"cause": detail_of(error)})
+        finally:
+            self._attempted_at = self._clock()
+            self._read_lock.release()
+
+    def refresh_limit(self) -> None:
+        """Start to read the queue's MaximumMessageSize."""
+        self._executor.submit(self.read_limit)
+
+    def _add_after_read(self, pending: Pending) -> None:
+        """Add a message, unless the limit of now rejects it: the queue's owner may raise it."""
+        self.read_limit()
+        try:
+            # While the limit is not known, SQS decides.
+            if self.max_message_bytes and pending.size > self.max_message_bytes:
+                reason = f"has {pending.size} bytes, the queue takes {self.max_message_bytes}."
+                raise ApiError("message_too_large", f"The message {reason}")
+            self._add(pending)
+        except ApiError as error:
+            pending.message_id.set_exception(error)
+
+    def _add(self, pending: Pending) -> None:
         with self._lock:
             if self._open and not self._may_start():
                 raise ApiError("queue_unavailable")
+            if self._pending_bytes + pending.size > self.MAX_PENDING_BYTES:
+                cause = f"{self._pending_bytes} bytes of messages wait for SQS"
+                raise ApiError("overloaded", cause=cause)
             self._waiting.append(pending)
-        try:
-            while pending.outcome is None:
-                if batch := self._next_batch(pending):
-                    self._send(batch)
-                elif not pending.outcome:
-                    pending.look.acquire(timeout=self.STALL_SECONDS)
-        finally:
-            if pending.outcome is None:  # this thread is dying: another one makes the next call
-                with self._lock, suppress(ValueError):
-                    self._waiting.remove(pending)
-                    self._rouse_first()
-        if isinstance(pending.outcome, ApiError):
-            raise pending.outcome
-        return pending.outcome
+            self._pending_bytes += pending.size
+            batch = self._next_batch()
+        if batch:
+            self._executor.submit(self._send_batches, batch)
 
     def _may_start(self) -> bool:
-        """Whether a call may start beside those under way. Locked."""
-        if self._under_way >= self._calls_in_flight:
-            return False
-        now = self._clock()
+        """Whether a call may start beside those in flight. Locked."""
         if self._open:
-            return self._probe_batch is None and now >= self._probe_at
-        with_message = len(self._waiting) + self._in_flight
-        return (
-            not self._under_way
-            or len(self._waiting) >= self.MAX_ENTRIES
-            or with_message >= self._threads
-            or now - self._started_at >= self.STALL_SECONDS
-        )
+            return self._probe_batch is None and self._clock() >= self._probe_at
+        is_full = len(self._waiting) >= self.MAX_ENTRIES
+        calls = self._calls_in_flight if is_full else min(self.CALLS, self._calls_in_flight)
+        return self._in_flight < calls
 
-    def _next_batch(self, pending: Pending) -> list[Pending]:
-        """The batch that this message's request is to send now: its message is the first in it."""
-        with self._lock:
-            now, batch, size = self._clock(), list[Pending](), 0
-            if now >= pending.deadline and pending in self._waiting:
-                self._waiting.remove(pending)
-                pending.outcome = ApiError("queue_unavailable")
-                extra = {"cause": "out of time", "messages": 1, "request_ids": [pending.request_id]}
-                log.error("messages not sent", extra=extra)
-            elif self._waiting and self._waiting[0] is pending and self._may_start():
-                while self._waiting and len(batch) < self.MAX_ENTRIES:
-                    following = self._waiting[0]
-                    size += following.size
-                    if batch and (size > self.MAX_BYTES or following.alone or batch[0].alone):
-                        break
-                    batch.append(self._waiting.popleft())
-                self._under_way += 1
-                self._in_flight += len(batch)
-                self._started_at = now
-                if self._open:
-                    self._probe_batch = batch
-            self._rouse_first()
+    def _next_batch(self) -> list[Pending]:
+        """The messages of the call that starts now; none if no call may start. Locked."""
+        batch, size = list[Pending](), 0
+        if not self._waiting or not self._may_start():
             return batch
+        while self._waiting and len(batch) < self.MAX_ENTRIES:
+            following = self._waiting[0]
+            size += following.size
+            separate = following.send_separately or (batch and batch[0].send_separately)
+            if batch and (size > self.MAX_BYTES or separate):
+                break
+            batch.append(self._waiting.popleft())
+        self._in_flight += 1
+        if self._open:
+            self._probe_batch = batch
+        return batch
 
-    def _rouse_first(self) -> None:
-        """Tell the request that is to make the next call, if one may start. Locked."""
-        if self._waiting and self._may_start():
-            self._rouse(self._waiting[0])
-
-    def _rouse(self, pending: Pending) -> None:
-        """Locked."""
-        if pending.look.locked():
-            pending.look.release()
-
-    def _send(self, batch: list[Pending]) -> None:
-        """Make one call and settle its messages, whatever happens."""
-        again: list[Pending] = []
-        try:
-            if batch[0].attempts:
-                self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
-            began = self._clock()
-            results = self._call(batch, self._probe if self._open else self._sqs)
-            SQS_CALL_DURATION.observe(self._clock() - began)
-            SQS_BATCH_SIZE.observe(len(batch))
-            again = self._settle(batch, results, began)
-        finally:
+    def _send_batches(self, batch: list[Pending]) -> None:
+        """Make calls one after the other while messages wait. Runs in a thread of the executor."""
+        while batch:
+            outcomes: dict[Pending, str | ApiError] = {}
+            again: list[Pending] = []
+            try:
+                outcomes, again = self._send(batch)
+            except Exception:
+                log.exception("unhandled exception")
+                outcomes = dict.fromkeys(batch, ApiError("queue_unavailable"))
+            for pending, outcome in outcomes.items():
+                if isinstance(outcome, str):
+                    pending.message_id.set_result(outcome)
+                else:
+                    pending.message_id.set_exception(outcome)
             with self._lock:
+                self._pending_bytes -= sum(pending.size for pending in outcomes)
+                self._waiting.extendleft(reversed(again))  # in front, in their order
+                self._in_flight -= 1
                 if batch is self._probe_batch:
                     self._probe_batch = None
                     self._probe_at = self._clock() + self.PROBE_SECONDS
-                for pending in batch:
-                    if pending not in again:  # it has its outcome, unless this thread is dying
-                        self._end(pending, ApiError("queue_unavailable"))
-                self._waiting.extendleft(reversed(again))  # in front, in their order
-                self._under_way -= 1
-                self._in_flight -= len(batch)
-                self._rouse_first()
+                batch = self._next_batch()
+                others = list(iter(self._next_batch, []))
+            for other in others:
+                self._executor.submit(self._send_batches, other)
+
+    def _send(self, batch: list[Pending]) -> tuple[dict[Pending, str | ApiError], list[Pending]]:
+        """Make one call. Returns the outcomes, and the messages to send again, in their order."""
+        if batch[0].attempts:
+            self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
+        began = self._clock()
+        in_time = [pending for pending in batch if began < pending.deadline]
+        outcomes: dict[Pending, str | ApiError] = {}
+        again: list[Pending] = []
+        # The messages that failed, by cause and by whether they are sent again.
+        failed: dict[tuple[str, bool], list[Pending]] = {}
+        if late := [pending for pending in batch if pending not in in_time]:
+            failed["out of time", False] = late
+        if in_time:
+            results = self._call(in_time, self._probe if batch is self._probe_batch else self._sqs)
+            SQS_CALL_DURATION.observe(self._clock() - began)
+            SQS_BATCH_SIZE.observe(len(in_time))
+            label = result_of(results)
+            SQS_CALLS[label].inc()
+            # One message may be at fault: each is sent separately.
+            is_whole = len(in_time) > 1 and all(result is results[0] for result in results)
+            with self._lock:
+                for pending, result in zip(in_time, results, strict=True):
+                    pending.attempts += 1
+                    if isinstance(result, str):
+                        outcomes[pending] = result
+                        continue
+                    temporary = is_temporary(result)
+                    pending.send_separately |= is_whole and not temporary
+                    # The call that opens the circuit is repeated, as the probe; a probe is not.
+                    retried = (
+                        (temporary or (is_whole and not is_about_the_queue(result)))
+                        and not self._open
+                        and pending.attempts < self.ATTEMPTS
+                        and self._clock() < pending.deadline
+                    )
+                    failed.setdefault((detail_of(result), retried), []).append(pending)
+                cause = next(iter(failed), ("", False))[0]
+                if self._update_circuit(label, began, cause):
+                    outcomes |= dict.fromkeys(self._waiting, ApiError("queue_unavailable"))
+                    self._waiting.clear()
+        for (cause, retried), messages in failed.items():
+            ids = [pending.request_id for pending in messages]
+            extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
+            if retried:
+                again += messages
+                log.warning("messages not sent; they are sent again", extra=extra)
+            else:
+                # The queue's limit may have been lowered since it was read.
+                too_large = "must be shorter than" in cause
+                error = ApiError("message_too_large" if too_large else "queue_unavailable")
+                outcomes |= dict.fromkeys(messages, error)
+                log.error("messages not sent", extra=extra)
+        return outcomes, sorted(again, key=batch.index)
+
+    def _update_circuit(self, label: str, began: float, cause: str) -> bool:
+        """Open or close the circuit after a call that began then; whether it opened. Locked."""
+        now = self._clock()
+        if label not in ("timeout", "unavailable"):
+            self._failures, self._answered_at = 0, now
+            if self._open:
+                self._open = False
+                SQS_CIRCUITS_OPEN.set(0)
+                seconds = round(now - self._opened_at, 1)
+                log.warning("SQS is back; circuit closed", extra={"seconds": seconds})
+            return False
+        self._failures += 1
+        is_silent = label == "timeout" and self._answered_at < began
+        if self._open or not (is_silent or self._failures >= self.FAILURES):
+            return False
+        self._open, self._opened_at, self._probe_at = True, now, now
+        SQS_CIRCUITS_OPEN.set(1)
+        text = "SQS is down; circuit open, messages are rejected until it answers"
+        log.error(text, extra={"cause": cause})
+        return True
 
     def _call(self, batch: list[Pending], sqs: Any) -> list[str | Exception]:
-        """Each message's MessageId or what is wrong; the same for all if the call as one failed."""
+        """Each message's MessageId or its failure; the same for all if the call as one failed."""
         try:
             if len(batch) == 1:
                 answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
@@ -1294,75 +1344,6 @@ class Publisher:
             return [results.get(str(n)) or unknown for n in range(len(batch))]
         except Exception as error:  # an answer may be garbled in any way
             return [error] * len(batch)
-
-    def _settle(
-        self, batch: list[Pending], results: list[str | Exception], began: float
-    ) -> list[Pending]:
-        """Give every message its outcome, except those that are to be sent again: these."""
-        label = result_of(results)
-        SQS_CALLS[label].inc()
-        # One of them may be at fault: each is tried alone.
-        together = len(batch) > 1 and all(result is results[0] for result in results)
-        again, failures = list[Pending](), dict[tuple[str, bool], list[str]]()
-        with self._lock:
-            # What saw SQS go down is tried once more, as the probe; a probe is not.
-            may_retry, now = not self._open, self._clock()
-            for pending, result in zip(batch, results, strict=True):
-                pending.attempts += 1
-                if isinstance(result, str):
-                    self._end(pending, result)
-                    continue
-                temporary, cause = is_temporary(result), detail_of(result)
-                pending.alone = pending.alone or (together and not temporary)
-                in_time = pending.attempts < self.ATTEMPTS and now < pending.deadline
-                may_pass = temporary or (together and not is_about_the_queue(result))
-                retried = may_retry and may_pass and in_time
-                failures.setdefault((cause, retried), []).append(pending.request_id)
-                if retried:
-                    again.append(pending)
-                else:
-                    # The queue's limit may have been lowered since it was read.
-                    too_large = "must be shorter than" in cause
-                    code = "message_too_large" if too_large else "queue_unavailable"
-                    self._end(pending, ApiError(code))
-            self._note(label, began, next(iter(failures), ("", False))[0])
-        for (cause, retried), ids in failures.items():
-            level, text = (
-                (logging.WARNING, "; they are tried again") if retried else (logging.ERROR, "")
-            )
-            extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
-            log.log(level, f"messages not sent{text}", extra=extra)
-        return again
-
-    def _end(self, pending: Pending, outcome: str | ApiError) -> None:
-        if pending.outcome is None:
-            pending.outcome = outcome
-            self._rouse(pending)
-
-    def _note(self, label: str, began: float, cause: str) -> None:
-        """Open or close the circuit after a call that began then. Locked."""
-        now = self._clock()
-        if label not in ("timeout", "unavailable"):
-            self._failures, self._answered_at = 0, now
-            if self._open:
-                self._open = False
-                SQS_CIRCUITS_OPEN.set(0)
-                log.warning(
-                    "SQS is back; circuit closed",
-                    extra={"seconds": round(now - self._opened_at, 1)},
-                )
-            return
-        self._failures += 1
-        silent = label == "timeout" and self._answered_at < began
-        if not self._open and (silent or self._failures >= self.FAILURES):
-            self._open, self._opened_at, self._probe_at = True, now, now
-            SQS_CIRCUITS_OPEN.set(1)
-            log.error(
-                "SQS is down; circuit open, messages are refused until it answers",
-                extra={"cause": cause},
-            )
-            while self._waiting:  # nobody waits any longer
-                self._end(self._waiting.popleft(), ApiError("queue_unavailable"))
 
 
 # --- Routes ---------------------------------------------------------------------------------------
@@ -1417,6 +1398,49 @@ def docs_file(name: str) -> bytes:
     return (files("flask_swagger_ui") / "dist" / name).read_bytes()
 
 
+@dataclass(slots=True)
+class Exchange:
+    """A request, and the log line of its response."""
+
+    environ: dict[str, Any]
+    line: dict[str, Any]
+    trace_header: str
+    started: float
+    is_measured: bool = False  # by the metrics of POST /process
+
+
+class DeferredResponse(Response):
+    """A response that is made when a future is done.
+
+    Its WSGI iterable calls start_response when it is iterated, and that waits for the future. A
+    server that calls the iterable's add_done_callback first need not wait (worker.py).
+    """
+
+    def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
+        super().__init__()
+        self._future, self._make_response = future, make_response
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return DeferredBody(self._future, self._make_response, environ, start_response)
+
+
+class DeferredBody:
+    def __init__(
+        self,
+        future: Future[str],
+        make_response: Callable[[], Response],
+        environ: Any,
+        start_response: Any,
+    ) -> None:
+        self.add_done_callback = future.add_done_callback
+        self._future, self._make_response = future, make_response
+        self._environ, self._start_response = environ, start_response
+
+    def __iter__(self) -> Iterator[bytes]:
+        wait([self._future])
+        return iter(self._make_response()(self._environ, self._start_response))
+
+
 class Service(Flask):
     """The WSGI application. Its routes are found by path and method alone.
 
@@ -1437,8 +1461,8 @@ class Service(Flask):
         self.get("/docs")(self.docs)
         self.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")(self.docs_asset)
         self.before_request(self.begin)
-        self.after_request(self.finish)
-        self.register_error_handler(Exception, self.refused)
+        self.after_request(self.end)
+        self.register_error_handler(Exception, self.handle_error)
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
         if request is None:
@@ -1446,37 +1470,44 @@ class Service(Flask):
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
     def warm_up(self) -> None:
-        """See the token and the queue, so that a later outage finds every worker knowing both."""
-        self.tokens.refresh_if_old()
-        with suppress(ApiError):  # it is logged, and the first request tries again
-            self.publisher.limit.bytes()
+        """Start to read the token and the queue's limit, where the worker has not yet read them."""
+        if not self.tokens.ready:
+            self.tokens.refresh()
+        if not self.publisher.max_message_bytes:
+            self.publisher.refresh_limit()
 
-    # Each look at Flask's `request` and `g` searches the context anew, so these two look once.
+    # `request` and `g` are proxies: dereference them once.
 
     def begin(self) -> None:
         environ = request.environ
-        g.trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
-        # The request's log line, gathered on the way.
-        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
-        g.line = {"request_id": request_id, "trace_id": trace_id}
-        g.started = time.perf_counter()
-        g.body_read = not environ.get("CONTENT_LENGTH") and "HTTP_TRANSFER_ENCODING" not in environ
+        g.exchange = self.new_exchange(environ)
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise ApiError("not_found")  # Werkzeug would take //process for /process
 
-    def finish(self, response: Response) -> Response:
-        environ, line = request.environ, g.line
-        if not g.body_read:
-            # Unread bytes would be taken for the next request on this connection.
-            with suppress(ApiError):
-                read_body(0)
+    def new_exchange(self, environ: dict[str, Any]) -> Exchange:
+        trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
+        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
+        line = {"request_id": request_id, "trace_id": trace_id}
+        return Exchange(environ, line, trace_header, time.perf_counter())
+
+    def end(self, response: Response) -> Response:
+        if isinstance(response, DeferredResponse):
+            return response  # ends when its future is done
+        return self.finish(g.exchange, response)
+
+    def finish(self, exchange: Exchange, response: Response) -> Response:
+        """Record the response. Called once per request, in any thread, without Flask's context."""
+        environ, line = exchange.environ, exchange.line
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
-        duration = time.perf_counter() - g.started
+        duration = time.perf_counter() - exchange.started
+        if exchange.is_measured:
+            REQUESTS_IN_FLIGHT.dec()
+            REQUEST_DURATION.observe(duration)
         record_answer(
             method=environ["REQUEST_METHOD"],
-            path=request.path,
-            # The ALB appends the address that it saw; what is left of it is the caller's word.
+            path=header_text(environ["PATH_INFO"]),
+            # The ALB appends the address that it saw; the client may have sent the rest.
             client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
             status=response.status_code,
             duration_ms=round(duration * 1000, 2),
@@ -1485,23 +1516,27 @@ class Service(Flask):
         return response
 
     def process(self) -> Response:
-        begin = time.perf_counter()
+        exchange = g.exchange
+        exchange.is_measured = True
         REQUESTS_IN_FLIGHT.inc()
-        try:
-            message_id = g.line["message_id"] = self.take_message()
-        finally:
-            REQUESTS_IN_FLIGHT.dec()
-            REQUEST_DURATION.observe(time.perf_counter() - begin)
-        return json_response(
-            {
+        message_id = self.take_message(exchange)
+
+        def respond() -> Response:
+            try:
+                exchange.line["message_id"] = message_id.result()
+            except Exception as error:
+                return self.finish(exchange, self.error_response(exchange, error))
+            body = {
                 "status": "success",
                 "message": "Email data processed and queued",
-                "message_id": message_id,
+                "message_id": exchange.line["message_id"],
             }
-        )
+            return self.finish(exchange, json_response(body))
 
-    def take_message(self) -> str:
-        """Read, check and publish what the request brings; the MessageId."""
+        return DeferredResponse(message_id, respond)
+
+    def take_message(self, exchange: Exchange) -> Future[str]:
+        """Read and check the request, and publish its message. The future gives the MessageId."""
         body = read_body(self.settings.max_request_bytes)
         check_media_type(request)
         members, text = parse_request(body)
@@ -1514,9 +1549,9 @@ class Service(Flask):
         return self.publisher.publish(
             Message(
                 body=ascii_json(data_text(text)),
-                request_id=g.line["request_id"],
-                idempotency_key=header_text(request.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
-                trace_header=g.trace_header,
+                request_id=exchange.line["request_id"],
+                idempotency_key=header_text(exchange.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
+                trace_header=exchange.trace_header,
             )
         )
 
@@ -1525,18 +1560,14 @@ class Service(Flask):
         return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
 
     def ready(self) -> Response:
-        if not self.tokens.ready:
-            self.tokens.refresh_if_old()
+        self.warm_up()
         missing = {}
         if not self.tokens.ready:
             reason = self.tokens.problem or "SSM has no parameter of the configured name"
             missing["token_store_unavailable"] = f"The token has not been read yet: {reason}"
-        try:
-            self.publisher.limit.bytes()
-        except ApiError:
-            missing["queue_unavailable"] = (
-                f"The queue has not been reached yet: {self.publisher.limit.problem}"
-            )
+        if not self.publisher.max_message_bytes:
+            reason = self.publisher.problem or "sqs:GetQueueAttributes is in progress"
+            missing["queue_unavailable"] = f"The queue has not been reached yet: {reason}"
         if missing:
             raise ApiError(next(iter(missing)), "; ".join(missing.values()))
         return json_response({"status": "ready", "service": SERVICE})
@@ -1563,7 +1594,15 @@ class Service(Flask):
         kind = "text/css" if asset.endswith(".css") else "text/javascript"
         return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
-    def refused(self, error: Exception) -> Response:
+    def handle_error(self, error: Exception) -> Response:
+        return self.error_response(g.exchange, error)
+
+    def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
+        """The response to a request that never reached Flask: Gunicorn could not parse it."""
+        exchange = self.new_exchange(environ)
+        return self.finish(exchange, self.error_response(exchange, error))
+
+    def error_response(self, exchange: Exchange, error: Exception) -> Response:
         headers = {}
         if isinstance(error, ApiError):
             api_error = error
@@ -1581,8 +1620,9 @@ class Service(Flask):
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         elif api_error.status == 401:
             headers["WWW-Authenticate"] = AUTHENTICATE
-        g.line["error"] = api_error.code
-        response = json_response(api_error.body(g.line["request_id"]), api_error.status)
+        exchange.line |= {"error": api_error.code, "cause": api_error.cause}
+        body = api_error.body(exchange.line["request_id"])
+        response = json_response(body, api_error.status)
         response.headers.update(headers)
         return response
 
@@ -1591,31 +1631,29 @@ def create_app(
     settings: Settings | None = None,
     ssm: Any = None,
     sqs: Any = None,
+    executor: Executor | None = None,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> Service:
     """The WSGI application.
 
     Without settings they are read from the environment (SettingsError). Tests bring clients: those
-    of boto3, or anything with their methods. No call to AWS is made and no thread started before
-    the first request.
+    of boto3, or anything with their methods. No call of AWS is made and no thread started before
+    the first request, or Service.warm_up.
     """
     settings = settings or Settings.from_environ(os.environ)
+    # Of reads of token and queue beside the calls that publish.
+    executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
     credentials = Credentials()
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
     probe = sqs  # whoever brings a client decides how long its calls take
     if sqs is None:
         sqs = AwsClient("sqs", settings.aws_region, credentials)
-        probe = sqs.within(0.75)  # nobody is to wait longer than a second for an SQS that is down
-    tokens = TokenStore(ssm, settings.token_ssm_parameter, settings.token_cache_seconds, clock)
+        probe = sqs.within(0.75)  # seconds: an SQS that is down delays no message longer
+    cache_seconds = settings.token_cache_seconds
+    tokens = TokenStore(ssm, settings.token_ssm_parameter, cache_seconds, executor, clock)
     publisher = Publisher(
-        sqs,
-        probe,
-        settings.sqs_queue_url,
-        settings.sqs_calls_in_flight,
-        settings.gunicorn_threads,
-        clock,
-        pause,
+        sqs, probe, settings.sqs_queue_url, settings.sqs_calls_in_flight, executor, clock, pause
     )
     return Service(settings, tokens, publisher)
 

@@ -2,34 +2,23 @@
 
 import atexit
 import gc
-import json
 import logging
 import os
 import random
-import re
 import resource
-import selectors
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from select import POLLIN, poll
 from typing import Any
 
 from gunicorn import glogging
-from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine
-from gunicorn.http.message import Request
-from gunicorn.http.parser import RequestParser
 from gunicorn.sock import close_sockets, create_sockets
-from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 # The root file system is read-only, and a write to a disk can block.
 memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
@@ -53,6 +42,7 @@ except OSError as error:
 from prometheus_client.multiprocess import mark_process_dead
 
 import app
+import worker
 
 settings = app.Settings.from_environ(os.environ)
 
@@ -71,7 +61,7 @@ threads = settings.gunicorn_threads
 # single worker uses the master's, in which connections wait while the worker is replaced.
 reuse_port = workers > 1 and sys.platform == "linux"
 # Of a worker, idle ones included. Calls of AWS need files too.
-worker_connections = max(threads + 1, min(2000, files - 128 - 4 * threads))
+worker_connections = max(threads + 1, min(2000, files - 128))
 # Loaded once, before the fork: workers share its memory, and a bad release fails at the start.
 preload_app = True
 # Longer than the ALB's idle limit of 60 s. Were it shorter, the ALB would now and then send a
@@ -79,7 +69,7 @@ preload_app = True
 keepalive = 75
 # Kubernetes' grace period counts from the preStop sleep on and must exceed both together.
 graceful_timeout = 25
-# Recycling workers would reset connections in gthread.
+# Recycling workers would close connections for nothing.
 max_requests = 0
 worker_tmp_dir = memory  # of the heartbeat
 control_socket_disable = True
@@ -87,8 +77,10 @@ accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
 # As much as each header may have.
 limit_request_line = 8190
-# By default headers from loopback may change path and scheme, and are refused if they disagree.
-forwarded_allow_ips = ""
+# No header of a proxy changes path or scheme. With "*" Gunicorn need not parse the peer's address.
+forwarded_allow_ips = "*"
+secure_scheme_headers: dict[str, str] = {}
+forwarder_headers = ""
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
@@ -99,225 +91,7 @@ class Logger(glogging.Logger):  # type: ignore[misc]
 
 
 logger_class = Logger
-
-
-# --- Worker ---------------------------------------------------------------------------------------
-
-body_timeout = settings.body_timeout_seconds
-# A whole head, or a first line that is no request's.
-can_be_read = re.compile(
-    rb"[\r\n]*+(.*?\n\r?\n|(?![!-~]+ \S+ HTTP/1\.[0-9]\r\n)[^\n]*\n)", re.DOTALL
-).match
-
-
-class ClientSocket(socket.socket):
-    """A client's connection. All that a thread waits for is a body, and that until the deadline."""
-
-    received = b""  # of the next request
-    unsent: tuple[memoryview, ...] = ()  # of the last answer
-    deadline = 0.0  # of the request
-    ended = late = False  # nothing more comes; because of the deadline
-
-    def setblocking(self, flag: bool) -> None:
-        """Gunicorn sets this and the next again and again. The connection never blocks."""
-
-    def settimeout(self, seconds: float | None) -> None:
-        pass
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        if self.received:
-            data, self.received = self.received[:size], self.received[size:]
-            return data
-        while True:
-            try:
-                data = super().recv(size)
-            except BlockingIOError:
-                # The wait for a thread counts, else slow bodies in a row would hold the threads
-                # for one deadline after the other. What has come by then counts, too.
-                if (left := self.deadline - time.monotonic()) <= 0:
-                    self.ended = self.late = True
-                    return b""
-                readable = poll()
-                readable.register(self, POLLIN)
-                readable.poll(left * 1000)
-            else:
-                self.ended = not data
-                return data
-
-    def send(self, data: Any, flags: int = 0) -> int:
-        sent = 0
-        if not self.unsent:
-            with suppress(BlockingIOError):
-                sent = super().send(data)
-        if sent < len(data):
-            self.unsent = (*self.unsent, memoryview(data)[sent:])
-        return len(data)
-
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        self.send(data)
-
-    def receive(self) -> bytes:
-        data = super().recv(16_384)
-        if not data:
-            raise ConnectionResetError
-        return data
-
-    def send_rest(self) -> bool:
-        rest, self.unsent = self.unsent, ()
-        for part in rest:
-            self.send(part)
-        return not self.unsent
-
-
-class ClientRequest(Request):  # type: ignore[misc]
-    def should_close(self) -> Any:
-        """Also when the body did not arrive whole: what follows it is no request."""
-        return self.unreader.sock.ended or self.body.failed or super().should_close()
-
-
-class Worker(ThreadWorker):  # type: ignore[misc]
-    """Gunicorn's threaded worker, whose threads get requests when their heads are here.
-
-    Its main loop awaits heads, clients that are slow to take an answer, and clients that do not
-    close. Gunicorn's threads would wait for the first two, and for each of the last its main loop,
-    for up to two seconds in which nothing else goes on.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.waiting: dict[TConn, None] = {}  # until conn.timeout; the oldest first
-        self.looked = 0.0
-
-    def wait(self, conn: TConn, event: int, step: Callable[[TConn], None]) -> None:
-        self.waiting[conn] = None
-        self.poller.register(conn.sock, event, lambda _: self.go_on(conn, step))
-
-    def go_on(self, conn: TConn, step: Callable[[TConn], None]) -> None:
-        if conn in self.waiting:
-            del self.waiting[conn]
-            self.poller.unregister(conn.sock)
-        try:
-            step(conn)
-        except OSError:  # the client has gone
-            self.close(conn)
-
-    def close(self, conn: TConn) -> None:
-        self.nr_conns -= 1
-        conn.close()
-
-    def accept(self, listener: Any) -> bool:
-        try:
-            sock, address = listener.accept()
-            # Else a client that takes nothing would have a whole answer in the kernel's memory.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
-        except OSError:  # nobody is there any more, or there is no room
-            return False
-        client = ClientSocket(sock.family, sock.type, sock.proto, sock.detach())
-        socket.socket.setblocking(client, False)
-        conn = TConn(self.cfg, client, address, listener.getsockname())
-        conn.parser, conn.data_ready = RequestParser(self.cfg, client, address), True
-        conn.parser.mesg_class = ClientRequest
-        self.nr_conns += 1
-        self.await_head(conn)
-        return True
-
-    def await_head(self, conn: TConn) -> None:
-        sock = conn.sock
-        if len(sock.received) > 16_384 or can_be_read(sock.received):
-            self.enqueue_req(conn)
-            return
-        if sock.received:
-            conn.timeout = sock.deadline
-        else:
-            conn.timeout = time.monotonic() + (keepalive if self.alive else STOP_KEEPALIVE_LINGER)
-        self.wait(conn, selectors.EVENT_READ, self.read_head)
-
-    def read_head(self, conn: TConn) -> None:
-        if not conn.sock.received:
-            conn.sock.deadline = time.monotonic() + body_timeout
-        conn.sock.received += conn.sock.receive()
-        self.await_head(conn)
-
-    def finish_request(self, conn: TConn, fs: Any) -> None:
-        conn.timeout = time.monotonic() + 2 * body_timeout
-        self.go_on(conn, partial(self.finish_answer, fs))
-
-    def finish_answer(self, fs: Any, conn: TConn) -> None:
-        sock = conn.sock
-        if not sock.send_rest():
-            self.wait(conn, selectors.EVENT_WRITE, partial(self.finish_answer, fs))
-        elif fs.exception() or not fs.result():
-            sock.shutdown(socket.SHUT_WR)
-            conn.timeout = time.monotonic() + 2
-            self.wait(conn, selectors.EVENT_READ, self.linger)
-        else:
-            sock.received = conn.parser.unreader.take_buffered() + sock.received
-            sock.deadline = time.monotonic() + body_timeout
-            self.await_head(conn)
-
-    def linger(self, conn: TConn) -> None:
-        """Read what still comes: unread, it would reset the connection under the answer."""
-        conn.sock.receive()
-        self.wait(conn, selectors.EVENT_READ, self.linger)
-
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        super().wait_for_and_dispatch_events(0.1 if self.waiting else timeout)
-
-    def murder_pending(self) -> None:
-        """Close what is overdue, and the oldest where there are too many."""
-        now = time.monotonic()
-        if now > self.looked + 0.1:
-            self.looked = now
-            for conn in [conn for conn in self.waiting if conn.timeout <= now]:
-                self.go_on(conn, self.close)
-        while self.nr_conns >= self.worker_connections and self.waiting:
-            self.go_on(next(iter(self.waiting)), self.close)
-
-    def _cap_keepalive(self, deadline: float) -> None:
-        """When the worker stops."""
-        # Nobody else takes what has come to this socket, and what is still to come goes elsewhere.
-        for listener in self.sockets:
-            while self.accept(listener):
-                pass
-            listener.close()
-        for conn in self.waiting:
-            if not conn.sock.received and not conn.sock.unsent:
-                conn.timeout = min(conn.timeout, deadline)
-
-    def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: Exception) -> None:
-        """Answer in JSON what Gunicorn could not parse; its own pages are HTML.
-
-        Of the exception only its type is logged: the text may quote a token, from a body that a
-        wrong Content-Length made look like the next request.
-        """
-        if isinstance(exc, (LimitRequestLine, LimitRequestHeaders)):
-            too_much = "The request line or a header is too long, or there are too many headers."
-            api_error = app.ApiError("request_too_large", too_much)
-        elif req is None:
-            api_error = app.ApiError("invalid_json", "The request is not well-formed HTTP.")
-        else:
-            api_error = app.ApiError("internal_error")
-            app.log.error("unhandled exception", exc_info=exc)
-        request_id = app.request_id_of("")
-        body = json.dumps(api_error.body(request_id)).encode()
-        head = (
-            f"HTTP/1.1 {api_error.status} {HTTPStatus(api_error.status).phrase}\r\n"
-            "Connection: close\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\n\r\n"
-        )
-        client.sendall(head.encode() + body)
-        app.record_answer(
-            method=getattr(req, "method", ""),
-            path=getattr(req, "path", ""),
-            client=addr[0],
-            status=api_error.status,
-            request_id=request_id,
-            error=api_error.code,
-            cause=type(exc).__name__,
-        )
-
-
-worker_class = Worker
+worker_class = worker.Worker
 
 
 # --- Hooks ----------------------------------------------------------------------------------------
@@ -364,8 +138,9 @@ def when_ready(server: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    (stdout,) = logging.getLogger().handlers
-    stdout.start()  # type: ignore[attr-defined]
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, app.LogHandler):
+            handler.start()
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
     # Python runs one thread of a process at a time. Threads that pass their turn from core to core
     # cost a worker of 64 threads 14 % more CPU in a pod with half a core. Several need all cores.
@@ -374,7 +149,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    threading.Thread(target=worker.wsgi.warm_up, daemon=True).start()
+    worker.wsgi.warm_up()
 
 
 def child_exit(server: Any, worker: Any) -> None:
