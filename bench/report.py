@@ -1,13 +1,13 @@
 """Turn the raw figures of run.py into tables: as text, and as RESULTS.md with chart.svg.
 
-`python bench/report.py FILE` writes both again from a file that `run.py --json FILE` has kept.
+`python bench/report.py FILE` writes both from a file that `run.py --json FILE` has filled.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,9 +32,11 @@ TOKEN_CACHE_SECONDS = 60
 REFRESH_SHARE = 0.8  # of the cache's age, on average, at which a worker reads the token again
 POD_VCPU, HOURS_A_MONTH, FLEETS = 0.5, 730, (2, 10, 100, 1000)
 
+API_GATEWAY = "API Gateway straight into SQS (computed; checks neither token nor fields)"
+
 Figures = dict[str, float]
-Columns = dict[str, tuple[str, str]]  # heading -> key and format
-COLUMNS: Columns = {
+Contenders = dict[str, list[Figures]]  # name -> the figures of each round
+COLUMNS = {  # heading -> key and format
     "messages/s": ("rate", "{:,.0f}"),
     "CPU us/message": ("cpu_us", "{:,.0f}"),
     "p50 ms": ("p50_ms", "{:.1f}"),
@@ -43,13 +45,23 @@ COLUMNS: Columns = {
     "SQS calls/message": ("sqs_calls", "{:.3f}"),
     "SSM calls/message": ("ssm_calls", "{:.4f}"),
     "$/million": ("cost", "{:.3f}"),
+    "worst /health ms": ("health_ms", "{:.0f}"),
 }
-ALONE: Columns = {
-    "p50 ms": ("p50_ms", "{:.2f}"),
-    "p99 ms": ("p99_ms", "{:.2f}"),
-    "CPU us/message": ("cpu_us", "{:,.0f}"),
+COMPARE = tuple(COLUMNS)[:-1]
+RATIOS = tuple(heading for heading in COMPARE if heading != "SSM calls/message")
+FEW = ("p50 ms", "p99 ms", "CPU us/message", "SQS calls/message")
+METRICS = ("messages/s", "CPU us/message")
+PODS = ("messages/s", "CPU us/message", "memory MiB", "p99 ms", "worst /health ms")
+CHEAP = {"sqs_calls": "<= 0.20", "cost": "<= 0.25"}
+FAST = {"p99_ms": "<= 0.50", **CHEAP}
+TARGETS = {  # row of the ratios -> key -> the most or the least that the ratio may be
+    "email-processor 4x2 / direct 4x2": {"cpu_us": "<= 0.20", "memory_mib": "<= 0.72", **CHEAP},
+    "email-processor 4x2 / flask alone 4x2": {"cpu_us": "<= 1.65"},
+    "email-processor 4x2 / FastAPI + aiobotocore": FAST | {"cpu_us": "<= 0.55"},
+    "email-processor 4x2 / Fastify + AWS SDK v3": FAST | {"rate": ">= 1.60", "cpu_us": "<= 0.92"},
+    "email-processor 1x2 / Fastify + AWS SDK v3": {"cpu_us": "<= 0.70", "sqs_calls": "<= 0.11"},
+    "8 clients: email-processor 4x2 / FastAPI + aiobotocore": {"p50_ms": "<= 1.15"},
 }
-METRICS = {name: COLUMNS[name] for name in ("messages/s", "CPU us/message")}
 
 
 def cost_per_million(sqs_calls: float, cpu_us: float) -> float:
@@ -61,46 +73,51 @@ def medians(rounds: list[Figures]) -> Figures:
     return {key: median(figures[key] for figures in rounds) for key in rounds[0]}
 
 
+def clients_of(count: str | int) -> str:
+    return f"{count} client{'s' * (str(count) != '1')}"
+
+
 # --- Tables: a list of rows, the first one the heading --------------------------------------------
 
 Table = list[list[str]]
 
 
-def compare_table(compared: dict[str, list[Figures]]) -> Table:
-    """Medians, and the smallest and largest of the rounds."""
-    table = [["", *COLUMNS]]
-    for name, rounds in compared.items():
-        row = [name]
-        for key, form in COLUMNS.values():
-            values = [figures[key] for figures in rounds]
-            low, mid, high = map(form.format, (min(values), median(values), max(values)))
+def median_table(measured: Contenders, headings: tuple[str, ...], prefix: str = "") -> Table:
+    """Medians, and the smallest and largest of the rounds; blank if not measured."""
+    table = [["", *headings]]
+    for name, rounds in measured.items():
+        row = [f"{prefix}{name}"]
+        for key, form in (COLUMNS[heading] for heading in headings):
+            values = [figures[key] for figures in rounds if key in figures]
+            low, mid, high = (form.format(f(values)) if values else "" for f in (min, median, max))
             row.append(mid if low == high else f"{mid} ({low}-{high})")
         table.append(row)
-    cost = API_GATEWAY_DOLLARS_PER_MILLION + SQS_DOLLARS_PER_MILLION
-    computed = {"sqs_calls": "1.000", "cost": f"{cost:.3f}"}
-    cells = (computed.get(key, "") for key, _ in COLUMNS.values())
-    table.append(
-        ["API Gateway straight into SQS (computed; checks neither token nor fields)", *cells]
-    )
     return table
 
 
-def ratio_table(compared: dict[str, list[Figures]]) -> Table:
-    """Each profile of ours divided by each other contender: the median of the rounds' ratios."""
-    columns = {name: spec for name, spec in COLUMNS.items() if spec[0] != "ssm_calls"}
-    table = [["", *columns]]
-    ours = [name for name in compared if name.startswith("email-processor")]
-    for name in ours:
-        for other in (other for other in compared if other not in ours):
-            pairs = list(zip(compared[name], compared[other], strict=True))
-            ratios = [median(a[key] / b[key] for a, b in pairs) for key, _ in columns.values()]
-            table.append([f"{name} / {other}", *(f"{ratio:.3f}" for ratio in ratios)])
+def ratio_rows(measured: Contenders, prefix: str = "") -> Table:
+    """Medians of email-processor divided by those of each other contender, with the targets."""
+    table = []
+    ours = [name for name in measured if name.startswith("email-processor ")]
+    for name, other in product(ours, [name for name in measured if name not in ours]):
+        row, a, b = f"{prefix}{name} / {other}", medians(measured[name]), medians(measured[other])
+        targets = TARGETS.get(row, {})
+        keys = (COLUMNS[heading][0] for heading in RATIOS)
+        table.append([row, *(ratio(a, b, key, targets.get(key, "")) for key in keys)])
     return table
+
+
+def ratio(a: Figures, b: Figures, key: str, target: str) -> str:
+    if not b.get(key):
+        return ""
+    value, (sign, _, limit) = round(a[key] / b[key], 3), target.partition(" ")
+    missed = target and (value > float(limit) if sign == "<=" else value < float(limit))
+    return f"{value:.3f}" + (f" ({target}{', missed' * bool(missed)})" if target else "")
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> Table:
     clients = sorted({row["clients"] for row in rows})
-    table = [["", "SQS latency", *(f"{n} client{'s' * (n > 1)}" for n in clients)]]
+    table = [["", "SQS latency", *(clients_of(n) for n in clients)]]
     for name in dict.fromkeys(row["name"] for row in rows):
         for latency in sorted({row["latency_ms"] for row in rows}):
             cells = {
@@ -112,24 +129,12 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def pair_table(rounds: dict[str, list[Figures]], columns: Columns) -> Table:
-    """Two contenders' medians, and how the first one's figures compare with the second's."""
-    table = [["", *columns]]
-    for name, figures in rounds.items():
-        middle = medians(figures)
-        table.append([name, *(form.format(middle[key]) for key, form in columns.values())])
-    pairs = list(zip(*rounds.values(), strict=True))
-    ratios = (median(a[key] / b[key] for a, b in pairs) for key, _ in columns.values())
-    table.append(["ratio", *(f"{ratio:.3f}" for ratio in ratios)])
-    return table
-
-
-def fleet_table(compared: dict[str, list[Figures]]) -> Table:
+def fleet_table(compared: Contenders) -> Table:
     """Many pods of half a vCPU each at full load, computed from the measured figures."""
-    heading = "profile, pods, messages/s, SSM reads/s, SQS calls/s, $/month, limited first by"
+    heading = "contender, pods, messages/s, SSM reads/s, SQS calls/s, $/month, limited first by"
     table = [heading.split(", ")]
     for name, rounds in compared.items():
-        if name.startswith(("email-processor", "direct")):
+        if name.startswith(("email-processor ", "direct")):
             table += [fleet_row(name, medians(rounds), pods) for pods in FLEETS]
     return table
 
@@ -156,74 +161,96 @@ def fleet_row(name: str, figures: Figures, pods: int) -> list[str]:
 
 
 def ceiling_line(raw: dict[str, Any]) -> str:
-    line = f"The fake itself answers {raw['ceiling']:,.0f} SendMessage calls/s"
-    compared = raw.get("compare", {}).items()
-    rounds = [(f["sqs_rate"] + f["ssm_rate"], name) for name, fs in compared for f in fs]
-    if rounds:
-        most, name = max(rounds)
-        line += f"; the most that a contender asked of it is {most:,.0f} calls/s ({name})"
-    return line + "."
+    compared = raw["compare"].items()
+    most, name = max((f.get("aws_rate", 0), name) for name, fs in compared for f in fs)
+    return (
+        f"The fake of AWS handles {raw['ceiling']:,.0f} SendMessage calls/s; the most that a "
+        f"contender asked of it is {most:,.0f} calls/s ({name})."
+    )
 
 
 # --- Text -----------------------------------------------------------------------------------------
 
 
-def aligned(table: Table) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+def markdown(table: Table) -> str:
+    """Padded: it is read in the terminal too."""
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    first, *others = widths
+    rules = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
     lines = []
-    for row in table:
-        first, *others = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        lines.append("  ".join(cells).rstrip())
+    for name, *cells in (table[0], rules, *table[1:]):
+        padded = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+        lines.append(f"| {' | '.join([name.ljust(first), *padded])} |")
     return "\n".join(lines)
 
 
-def markdown(table: Table) -> str:
-    rows = [table[0], ["---", *["---:"] * (len(table[0]) - 1)], *table[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def sections(raw: dict[str, Any], layout: Callable[[Table], str]) -> dict[str, str]:
-    """Title -> text of everything that the run has measured."""
-    options, found = raw["options"], {}
-    if raw.get("compare"):
-        load = f"{options['clients']} clients, AWS answers after {options['latency_ms']:g} ms"
-        explained = f"Medians of {options['rounds']} interleaved rounds (smallest-largest)."
-        table = layout(compare_table(raw["compare"]))
-        found[load] = f"{explained}\n\n{table}\n\n{PRICES}\n\n{ceiling_line(raw)}"
-        ratios = ratio_table(raw["compare"])
-        if len(ratios) > 1:
-            found["Ratios within the run"] = layout(ratios)
-    else:
-        found["The fake"] = ceiling_line(raw)
-    if raw.get("alone"):
-        found["One client alone"] = layout(pair_table(raw["alone"], ALONE))
-    if raw.get("metrics"):
-        found["What metrics cost"] = layout(pair_table(raw["metrics"], METRICS))
+def as_text(raw: dict[str, Any]) -> str:
+    """The tables that were measured, and their ratios."""
+    options, parts = raw["options"], []
+    latency, ratios = f"SQS latency {options['latency_ms']:g} ms", [["", *RATIOS]]
+    if compared := raw.get("compare"):
+        cost = f"{API_GATEWAY_DOLLARS_PER_MILLION + SQS_DOLLARS_PER_MILLION:.3f}"
+        computed = [API_GATEWAY, *("" for _ in COMPARE[:-3]), "1.000", "", cost]
+        parts += [
+            f"## {options['clients']} clients, {latency}",
+            f"Medians of {options['rounds']} interleaved rounds (smallest-largest). `NxM`: workers "
+            "x threads. `direct` makes an SSM and an SQS call for each request. `flask alone` is "
+            "stock Gunicorn with a view that parses the JSON and returns a constant: the cost of "
+            "the framework, without AWS and without a log.",
+            markdown([*median_table(compared, COMPARE), computed]),
+            PRICES,
+            ceiling_line(raw),
+        ]
+        ratios += ratio_rows(compared)
+    if raw.get("few"):
+        rows: Table = [["", *FEW]]
+        for count, measured in raw["few"].items():
+            prefix = f"{clients_of(count)}: "
+            rows += median_table(measured, FEW, prefix)[1:]
+            ratios += ratio_rows(measured, prefix)
+        parts += [f"## Few clients, {latency}", markdown(rows)]
+    if metrics := raw.get("metrics"):
+        parts += ["## Cost of metrics", markdown(median_table(metrics, METRICS))]
+        ratios += ratio_rows(metrics)
+    if len(ratios) > 1:
+        parts += [
+            "## Ratios",
+            "Each is the median of email-processor divided by the median of the other contender, "
+            "both from the tables above, before they are rounded. In brackets: the target.",
+            markdown(ratios),
+        ]
+    if raw.get("pods"):
+        parts += [
+            "## A pod of half a core",
+            "Measured in containers of the project's image (Python 3.13) with 0.5 CPU and 512 MiB, "
+            f"2 threads in each worker, {options['clients']} clients, {latency}. The last column "
+            "is the slowest of two `GET /health` a second, each on a new connection.",
+            markdown(median_table(raw["pods"], PODS)),
+        ]
     if raw.get("sweep"):
-        explained = (
+        parts += [
+            "## How cost grows",
             "CPU and SQS calls per message: how they grow, not how large they are. Each is one "
             "measurement of a few seconds, so that a worker's start and the machine's noise weigh "
-            "more than in the medians above."
-        )
-        found["How cost grows"] = f"{explained}\n\n{layout(sweep_table(raw['sweep']))}"
-    return found
-
-
-def as_text(raw: dict[str, Any]) -> str:
-    return "\n\n".join(f"\n== {title}\n\n{text}" for title, text in sections(raw, aligned).items())
+            "more than in the medians above.",
+            markdown(sweep_table(raw["sweep"])),
+        ]
+    return "\n\n".join(parts)
 
 
 # --- Files ----------------------------------------------------------------------------------------
 
 
 def results(raw: dict[str, Any]) -> str:
-    machine = "\n".join(f"- {name}: {value}" for name, value in raw["machine"].items())
+    machine, runs = (
+        "\n".join(f"- {name}: {value}" for name, value in raw[part].items())
+        for part in ("machine", "runs")
+    )
     parts = [
         "# Benchmark results",
-        f"Made by `{raw['command']}`; `python bench/run.py --help` says what it needs.",
+        "`python bench/run.py --help` says how to measure again, and how to write this page.",
         "![CPU, SQS calls and cost per message of each contender](chart.svg)",
-        *(f"## {title}\n\n{text}" for title, text in sections(raw, markdown).items()),
+        as_text(raw),
         "## Past this machine",
         f"Computed, not measured: pods of {POD_VCPU} vCPU at full load, with the CPU and the SQS "
         f"calls per message from the first table, {HOURS_A_MONTH} hours a month. A worker of "
@@ -233,7 +260,7 @@ def results(raw: dict[str, Any]) -> str:
         "standard queue. While SSM refuses a read, email-processor goes on with the last known "
         "token, so its messages/s stay as they are.",
         markdown(fleet_table(raw["compare"])),
-        f"## Machine\n\n{machine}",
+        f"## Machine\n\n{machine}\n\nRuns:\n\n{runs}",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -254,14 +281,15 @@ WIDTH, LABEL_WIDTH, BAR_WIDTH, ROW, GAP = 760, 190, 490, 26, 22
 
 def chart(raw: dict[str, Any]) -> str:
     """Horizontal bars, a panel for each figure; light or dark as the reader's own pages."""
-    figures = {name: medians(rounds) for name, rounds in raw["compare"].items()}
+    compared = {name: medians(rounds) for name, rounds in raw["compare"].items()}
     marks, y = [], GAP
     for title, key, form in PANELS:
         marks.append(f'<text class="title" x="16" y="{y + 12}">{escape(title)}</text>')
         y += ROW
+        figures = {name: values for name, values in compared.items() if key in values}
         most = max(values[key] for values in figures.values())
         for name, values in figures.items():
-            kind = "ours" if name.startswith("email-processor") else "other"
+            kind = "ours" if name.startswith("email-processor ") else "other"
             width = values[key] / most * BAR_WIDTH
             text = f'<text x="{LABEL_WIDTH + width + 6:.1f}" y="{y + 14}">'
             marks += [
@@ -278,6 +306,8 @@ def chart(raw: dict[str, Any]) -> str:
 
 
 def write(raw: dict[str, Any]) -> None:
+    if missing := {"compare", "few", "metrics", "pods", "sweep"} - raw.keys():
+        sys.exit(f"RESULTS.md needs all tables; not measured yet: {', '.join(missing)}")
     (BENCH / "RESULTS.md").write_text(results(raw))
     (BENCH / "chart.svg").write_text(chart(raw))
 

@@ -1,10 +1,13 @@
 """Measure email-processor beside what its users would pick instead, under the same load.
 
-It needs Linux, wrk, and the project's own environment (./setup-local.sh makes it); with Node 20 or
-newer Fastify takes part too. It installs the other contenders into bench/venv and
-bench/contenders/fastify/node_modules, starts a fake of SSM and SQS with a set latency, and then,
-round by round, each contender in turn. Everything stays on loopback. Ratios within one run are what
-to compare: a machine's load moves all figures together.
+It needs Linux, wrk, and the project's own environment (./setup-local.sh makes it). Fastify also
+needs Node 20 or newer; the pods need a Docker engine. It installs the other contenders into
+bench/venv and bench/contenders/fastify/node_modules, starts a fake of SSM and SQS with a set
+latency, and then, round by round, each contender in turn. Everything stays on loopback. Compare
+ratios within a run: a machine's load moves all figures together.
+
+No table takes 10 minutes, so they can be measured in turn. `--json FILE` adds the figures of each
+to the file, and `python bench/report.py FILE` writes RESULTS.md and chart.svg from all of them.
 """
 
 # ruff: noqa: S310, S603, S607 - it starts the contenders, and asks them on loopback
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -22,9 +26,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +43,11 @@ sys.path.insert(0, str(PROJECT / "tests"))
 import report  # noqa: E402 - beside this file
 from fake_aws import TOKEN, FakeAws  # noqa: E402
 
+FEW_CLIENTS, POD_WORKERS = (1, 8), (1, 2, 4)
 SWEEP_CLIENTS, SWEEP_LATENCIES_MS = (1, 8, 64, 256), (2, 8, 30, 100)
+IMAGE = "email-processor:bench"
+# Without the environment's proxies.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 MESSAGE = {
     "data": {
         "email_subject": "Your order 4711-2093 is on its way",
@@ -63,35 +72,47 @@ class Contender:
     command: tuple[str, ...]  # "{port}" stands for the port
     folder: Path = CONTENDERS
     variables: dict[str, str] = field(default_factory=dict)
+    publishes: bool = True  # each success is a message in the queue
 
 
-def email_processor(workers: int, threads: int) -> Contender:
+def email_processor(workers: int, threads: int = 2, folder: Path = PROJECT) -> Contender:
+    name = "email-processor" if folder == PROJECT else "/".join(folder.parts[-2:])
     return Contender(
-        f"email-processor {workers}x{threads}",
+        f"{name} {workers}x{threads}",
         (sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:{port}"),
-        PROJECT,
+        folder,
         {"GUNICORN_WORKERS": str(workers), "GUNICORN_THREADS": str(threads)},
     )
 
 
-def flask(name: str, app: str) -> Contender:
-    options = "--bind 127.0.0.1:{port} --worker-class gthread --workers 4 --threads 2"
-    more = "--keep-alive 75 --access-logfile -"
-    command = (sys.executable, "-m", "gunicorn", *options.split(), *more.split(), app)
-    return Contender(name, command)
+def flask(name: str, *options: str, publishes: bool = True) -> Contender:
+    size = ("--worker-class=gthread", "--workers=4", "--threads=2")
+    command = (sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:{port}", *size, *options)
+    return Contender(name, command, publishes=publishes)
 
 
-DEFAULT, THROUGHPUT = email_processor(4, 2), email_processor(1, 64)
+DEFAULT, ONE_WORKER = email_processor(4), email_processor(1)
 NO_METRICS = Contender(
-    "without metrics 1x64",
-    (*THROUGHPUT.command, "--pythonpath", str(CONTENDERS), "no_metrics:create_app()"),
+    "without metrics 4x2",
+    (*DEFAULT.command, "--pythonpath", str(CONTENDERS), "no_metrics:create_app()"),
     PROJECT,
-    THROUGHPUT.variables,
+    DEFAULT.variables,
 )
-DIRECT = flask("direct 4x2", "direct:create_app()")
-CACHED = flask("cached token 4x2", "direct:create_app(cache_seconds=60)")
+DIRECT = flask("direct 4x2", "--keep-alive=75", "--access-logfile=-", "direct:create_app()")
+FLASK_ALONE = flask("flask alone 4x2", "flask_alone:app", publishes=False)
 FASTAPI = Contender("FastAPI + aiobotocore", (str(BENCH / "venv/bin/python"), "fastapi_app.py"))
 FASTIFY = Contender("Fastify + AWS SDK v3", ("node", "server.js"), CONTENDERS / "fastify")
+
+
+def pod(workers: int, aws: FakeAws) -> Contender:
+    """The image with a pod's limits of CPU and memory."""
+    name = f"{workers} worker{'s' * (workers > 1)}"
+    engine = {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
+    variables = email_processor(workers).variables
+    settings = [f"--env={name}" for name in ("PORT", *variables, *aws.environment())]
+    limits = ("--cpus=0.5", "--memory=512m", "--read-only", "--tmpfs=/tmp", "--log-driver=none")
+    run = ("docker", "run", "--rm", "--name=bench-{port}", "--network=host")
+    return Contender(name, (*run, *limits, *settings, IMAGE), PROJECT, engine | variables)
 
 
 # --- Processes ------------------------------------------------------------------------------------
@@ -136,6 +157,7 @@ def free_port() -> int:
 class Running:
     pid: int
     url: str
+    publishes: bool
 
 
 @contextmanager
@@ -153,28 +175,40 @@ def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
             start_new_session=True,
         )
         try:
-            running = Running(process.pid, f"http://127.0.0.1:{port}")
-            if not serves(running.url, process):
+            url = f"http://127.0.0.1:{port}"
+            if not serves(url, process):
                 complaints.seek(0)
                 text = complaints.read().decode(errors="replace")[-2000:]
                 raise BenchError(f"{contender.name} does not serve:\n{text}")
-            yield running
+            pid = process.pid
+            if contender.command[0] == "docker":  # `process` is only its client
+                pid = int(docker("inspect", "--format={{.State.Pid}}", f"bench-{port}"))
+            yield Running(pid, url, contender.publishes)
         finally:
             stop(process)
+            if contender.command[0] == "docker":
+                with suppress(BenchError):
+                    docker("rm", "--force", f"bench-{port}")
+
+
+def docker(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BenchError(f"{error} {getattr(error, 'stderr', '')}".strip()) from error
+    return done.stdout.strip()
 
 
 def serves(url: str, process: subprocess.Popen[bytes]) -> bool:
     """Whether it answers /health and takes a message within 30 s."""
     headers = {"Content-Type": "application/json"}
     post = urllib.request.Request(f"{url}/process", json.dumps(MESSAGE).encode(), headers)
-    # Without the environment's proxies.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for _ in range(300):
         if process.poll() is not None:
             return False
         with suppress(OSError):
             for question in (f"{url}/health", post):
-                opener.open(question, timeout=5).close()
+                OPENER.open(question, timeout=5).close()
             return True
         time.sleep(0.1)
     return False
@@ -219,10 +253,33 @@ def wrk(url: str, clients: int, seconds: float, body: Any, target: str = "") -> 
     return dict(json.loads(output.splitlines()[-1]))
 
 
+@contextmanager
+def probing(url: str) -> Iterator[list[float]]:
+    """The milliseconds of each GET /health meanwhile: two a second, each on a new connection."""
+    times, ended = [0.0], threading.Event()
+
+    def probe() -> None:
+        while not ended.wait(0.5):
+            begin = time.monotonic()
+            try:
+                OPENER.open(f"{url}/health", timeout=60).close()
+                times.append((time.monotonic() - begin) * 1000)
+            except OSError:
+                times.append(float("inf"))
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    try:
+        yield times
+    finally:
+        ended.set()
+        thread.join()
+
+
 def settled(aws: FakeAws) -> dict[str, Any]:
-    """The fake's counts once no call is under way: wrk leaves requests behind when it ends."""
+    """The fake's counts once no call is in flight: wrk leaves requests behind when it ends."""
     counts = aws.counts()
-    for _ in range(50):
+    for _ in range(100):
         time.sleep(0.2)
         before, counts = counts, aws.counts()
         if counts == before:
@@ -234,10 +291,12 @@ def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dic
     """One measurement. Raises BenchError when an answer was no success, or a message is missing."""
     url = f"{running.url}/process"
     before, cpu = settled(aws), cpu_seconds(running.pid)
-    load = wrk(url, clients, seconds, MESSAGE)
+    with probing(running.url) as health:
+        load = wrk(url, clients, seconds, MESSAGE)
     memory = memory_mib(running.pid)
     after, cpu = settled(aws), cpu_seconds(running.pid) - cpu
-    messages, succeeded = after["accepted"] - before["accepted"], load["requests"]
+    succeeded = load["requests"]
+    messages = after["accepted"] - before["accepted"] if running.publishes else succeeded
     if load["refused"] or load["broken"]:
         raise BenchError(f"{load['refused']} requests refused, {load['broken']} broken off")
     if not 0 <= messages - succeeded <= clients:
@@ -253,12 +312,16 @@ def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dic
         "p50_ms": load["p50_ms"],
         "p99_ms": load["p99_ms"],
         "memory_mib": memory,
-        "sqs_calls": sqs / messages,
-        "ssm_calls": ssm / messages,
-        "sqs_rate": sqs / load["seconds"],
-        "ssm_rate": ssm / load["seconds"],
+        "health_ms": max(health),
     }
-    return {**result, "cost": report.cost_per_million(result["sqs_calls"], result["cpu_us"])}
+    if running.publishes:
+        result |= {
+            "sqs_calls": sqs / messages,
+            "ssm_calls": ssm / messages,
+            "aws_rate": (sqs + ssm) / load["seconds"],
+            "cost": report.cost_per_million(sqs / messages, result["cpu_us"]),
+        }
+    return result
 
 
 def ceiling(aws: FakeAws, clients: int, seconds: float) -> float:
@@ -272,76 +335,58 @@ def ceiling(aws: FakeAws, clients: int, seconds: float) -> float:
     return load["requests"] / load["seconds"]
 
 
-class Progress:
-    """A line for each measurement: begun, then its figures."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._number = total, 0
-
-    def measure(self, label: str, *arguments: Any) -> dict[str, float]:
-        self._number += 1
-        print(f"  {self._number}/{self._total} {label}:", end=" ", flush=True)
-        try:
-            result = measure(*arguments)
-        except BenchError as error:
-            print("failed")
-            raise BenchError(f"{label}: {error}") from error
-        print(
-            f"{result['rate']:,.0f} messages/s, {result['cpu_us']:,.0f} us CPU each, "
-            f"p99 {result['p99_ms']:.0f} ms, {result['sqs_calls']:.2f} SQS calls each"
-        )
-        return result
-
-
 def compare(
     contenders: list[Contender], aws: FakeAws, options: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """Each contender's measurements, one a round; in turn, so that all share the noise."""
+    prepare(contenders)
     results: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
-    progress = Progress(options.rounds * len(contenders))
     aws.set(latency_ms=options.latency_ms)
-    for number in range(1, options.rounds + 1):
-        for contender in contenders:
-            with started(contender, aws) as running:
-                wrk(f"{running.url}/process", options.clients, options.warm_up, MESSAGE)
-                label = f"round {number}, {contender.name}"
-                result = progress.measure(label, running, aws, options.clients, options.seconds)
-            results[contender.name].append(result)
+    case = f"{options.clients} clients, {options.latency_ms:g} ms"
+    for number, contender in itertools.product(range(1, options.rounds + 1), contenders):
+        print(f"  {case}, round {number}/{options.rounds}, {contender.name}:", end=" ", flush=True)
+        with started(contender, aws) as running:
+            # Enough clients to warm every worker.
+            wrk(f"{running.url}/process", max(64, options.clients), options.warm_up, MESSAGE)
+            result = measure(running, aws, options.clients, options.seconds)
+        print(
+            f"{result['rate']:,.0f} messages/s, {result['cpu_us']:,.0f} us CPU each, "
+            f"p99 {result['p99_ms']:.0f} ms, {result.get('sqs_calls', 0):.2f} SQS calls each"
+        )
+        results[contender.name].append(result)
     return results
 
 
-def sweep(aws: FakeAws, seconds: float) -> list[dict[str, Any]]:
+def changed(options: argparse.Namespace, **values: float) -> argparse.Namespace:
+    return argparse.Namespace(**vars(options) | values)
+
+
+def few(aws: FakeAws, options: argparse.Namespace) -> dict[str, Any]:
+    """Latency with few clients, by their number (text, as in JSON)."""
+    contenders = [DEFAULT, FASTAPI, *options.beside]
+    return {str(n): compare(contenders, aws, changed(options, clients=n)) for n in FEW_CLIENTS}
+
+
+def sweep(aws: FakeAws, options: argparse.Namespace) -> list[dict[str, Any]]:
     """CPU per message as the clients and SQS's latency grow."""
-    rows, profiles = [], (DEFAULT, THROUGHPUT)
-    progress = Progress(len(profiles) * len(SWEEP_CLIENTS) * len(SWEEP_LATENCIES_MS))
-    for profile in profiles:
-        with started(profile, aws) as running:
-            for latency_ms in SWEEP_LATENCIES_MS:
-                aws.set(latency_ms=latency_ms)
-                for clients in SWEEP_CLIENTS:
-                    wrk(f"{running.url}/process", clients, 1, MESSAGE)
-                    label = f"{profile.name}, {clients} clients, SQS {latency_ms} ms"
-                    result = progress.measure(label, running, aws, clients, seconds)
-                    case = {"name": profile.name, "clients": clients, "latency_ms": latency_ms}
-                    rows.append({**case, **result})
+    rows = []
+    short = changed(
+        options, rounds=1, seconds=min(options.seconds, 4), warm_up=min(options.warm_up, 2)
+    )
+    for latency_ms, clients in itertools.product(SWEEP_LATENCIES_MS, SWEEP_CLIENTS):
+        case = {"clients": clients, "latency_ms": latency_ms}
+        results = compare([DEFAULT, ONE_WORKER], aws, changed(short, **case))
+        rows += [{"name": name, **case, **result} for name, (result,) in results.items()]
     return rows
 
 
-def alone(aws: FakeAws, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """One client at a time, against a plain SendMessage with a cached token."""
-    results: dict[str, list[dict[str, float]]] = {DEFAULT.name: [], CACHED.name: []}
-    progress = Progress(2 * options.rounds)
-    aws.set(latency_ms=options.latency_ms)
-    with started(DEFAULT, aws) as ours, started(CACHED, aws) as plain:
-        pairs = ((DEFAULT, ours), (CACHED, plain))
-        for _, running in pairs:
-            wrk(f"{running.url}/process", 8, options.warm_up, MESSAGE)  # wakes every worker
-        for number in range(1, options.rounds + 1):
-            for contender, running in pairs:
-                label = f"round {number}, one client, {contender.name}"
-                result = progress.measure(label, running, aws, 1, options.seconds)
-                results[contender.name].append(result)
-    return results
+TABLES: dict[str, Callable[[FakeAws, argparse.Namespace], Any]] = {
+    "compare": lambda aws, options: compare(chosen(options), aws, options),
+    "few": few,
+    "metrics": lambda aws, options: compare([DEFAULT, NO_METRICS], aws, options),
+    "pods": lambda aws, options: compare([pod(n, aws) for n in POD_WORKERS], aws, options),
+    "sweep": sweep,
+}
 
 
 # --- Preparing ------------------------------------------------------------------------------------
@@ -371,6 +416,8 @@ def node_version() -> str | None:
 
 
 def prepare(contenders: list[Contender]) -> None:
+    if any(contender.command[0] == "docker" for contender in contenders):
+        docker("build", "--quiet", f"--tag={IMAGE}", str(PROJECT))
     if FASTAPI in contenders:
         venv, pins = BENCH / "venv", BENCH / "requirements.txt"
         make = [sys.executable, "-m", "venv", str(venv)]
@@ -392,12 +439,10 @@ def machine() -> dict[str, str]:
     packages = {**ours, **theirs, **node_pins}
     return {
         "CPU": f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores",
-        "Load average before": f"{os.getloadavg()[0]:.2f}",
         "Kernel": platform.release(),
         "Python": platform.python_version(),
         "Node": node_version() or "none",
         "Packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
-        "Date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
@@ -407,39 +452,51 @@ def machine() -> dict[str, str]:
 def parse_arguments() -> argparse.Namespace:
     about, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=about, epilog=details)
+    names = ", ".join(TABLES)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{names} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, default=8, help="of a measurement (default 8)")
     # V8 compiles for some five seconds under load; measured before, Node would look twice as dear.
     parser.add_argument("--warm-up", type=float, default=6, help="seconds before it (default 6)")
     parser.add_argument("--clients", type=int, default=64, help="at once (default 64)")
     parser.add_argument("--latency-ms", type=float, default=8, help="of an AWS call (default 8)")
-    parser.add_argument("--only", default="", help="contenders whose names hold one of A,B,...")
+    size = "4x8 means email-processor with 4 workers x 8 threads"
     parser.add_argument(
-        "--profiles", metavar="1x32,2x32", help="compare workers x threads of email-processor"
+        "--only", metavar="A,B", help=f"compare: contenders whose names contain A or B; {size}"
     )
-    parser.add_argument("--sweep", action="store_true", help="CPU over clients and SQS latencies")
-    parser.add_argument("--alone", action="store_true", help="one client's latency")
-    parser.add_argument("--metrics", action="store_true", help="CPU with metrics and without")
-    parser.add_argument("--json", type=Path, help="keep the raw figures in this file")
     parser.add_argument(
-        "--write", action="store_true", help="run everything; write RESULTS.md and chart.svg"
+        "--beside", metavar="FOLDER", type=Path, help="compare, few: add another checkout, as 4x2"
     )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="add the figures to this file")
     options = parser.parse_args()
-    if options.write and (options.only or options.profiles):
-        parser.error("--write takes all contenders: RESULTS.md would lose the others")
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"no such table: {', '.join(unknown)} (there are {names})")
+    options.beside = [email_processor(4, folder=options.beside.resolve())] if options.beside else []
     return options
 
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
-    if options.profiles:
-        sizes = (profile.split("x") for profile in options.profiles.split(","))
-        return [email_processor(int(workers), int(threads)) for workers, threads in sizes]
-    contenders = [DEFAULT, THROUGHPUT, DIRECT, FASTAPI, FASTIFY]
+    contenders = [DEFAULT, ONE_WORKER, *options.beside, DIRECT, FLASK_ALONE, FASTAPI, FASTIFY]
     if not node_version():
         print("Fastify is left out: it needs Node 20 or newer, and npm.")
         contenders.remove(FASTIFY)
-    wanted = [part.lower() for part in options.only.split(",")]
-    return [c for c in contenders if any(part in c.name.lower() for part in wanted)]
+    found = []
+    for part in options.only.split(",") if options.only else [""]:
+        if size := re.fullmatch(r"(\d+)x(\d+)", part):
+            found.append(email_processor(int(size[1]), int(size[2])))
+        else:
+            found += [each for each in contenders if part.lower() in each.name.lower()]
+    return found
+
+
+def figures_so_far(options: argparse.Namespace) -> dict[str, Any]:
+    load = {name: getattr(options, name) for name in ("rounds", "seconds", "clients", "latency_ms")}
+    raw: dict[str, Any] = {"runs": {}}
+    if options.json and options.json.exists():
+        raw = json.loads(options.json.read_text())
+        if raw["options"] != load:
+            raise BenchError(f"{options.json} holds figures of other options: {raw['options']}")
+    return raw | {"options": load, "machine": machine()}
 
 
 def main() -> None:
@@ -447,50 +504,25 @@ def main() -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is needed for the load: install it (apt install wrk, brew install wrk).")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # what runs is ended too
-    more = ("alone", "metrics", "sweep")
-    parts = {part for part in more if options.write or getattr(options, part)}
-    parts |= {"compare"} if options.write or not parts else set()
     shown = [part for part in sys.argv[1:] if part not in ("--json", str(options.json))]
-    raw: dict[str, Any] = {
-        "command": " ".join(["python", "bench/run.py", *shown]),
-        "machine": machine(),
-        "options": {name: getattr(options, name) for name in ("rounds", "seconds", "clients")},
-    }
-    raw["options"]["latency_ms"] = options.latency_ms
-    steps = iter(range(1, len(parts) + 3))
-
-    def step(text: str) -> None:
-        print(f"[{next(steps)}/{len(parts) + 2}] {text}", flush=True)
-
+    command = " ".join(["python", "bench/run.py", *shown])
+    tables = options.tables or list(TABLES)
     try:
-        contenders = chosen(options) if "compare" in parts else []
-        step("prepare the contenders")
-        prepare(contenders)
+        raw = figures_so_far(options)
         with FakeAws() as aws:
             aws.set(record=False)
-            step("the fake's own ceiling")
-            raw["ceiling"] = ceiling(aws, options.clients, 3)
-            print(f"  {raw['ceiling']:,.0f} calls/s")
-            if "compare" in parts:
-                step(f"{options.clients} clients, AWS answers after {options.latency_ms:g} ms")
-                raw["compare"] = compare(contenders, aws, options)
-            if "alone" in parts:
-                step("one client alone")
-                raw["alone"] = alone(aws, options)
-            if "metrics" in parts:
-                step("with metrics and without")
-                raw["metrics"] = compare([THROUGHPUT, NO_METRICS], aws, options)
-            if "sweep" in parts:
-                step("more clients, slower SQS")
-                raw["sweep"] = sweep(aws, min(options.seconds, 4))
+            for number, table in enumerate(tables, 1):
+                begin, idle = datetime.now(UTC), f"{os.getloadavg()[0]:.2f}"
+                print(f"[{number}/{len(tables)}] {table}", flush=True)
+                if table == "compare":
+                    raw["ceiling"] = ceiling(aws, options.clients, 3)
+                raw[table] = TABLES[table](aws, options)
+                raw["runs"][table] = f"`{command}`, {begin:%Y-%m-%d}, load average before {idle}"
+                if options.json:
+                    options.json.write_text(json.dumps(raw, indent=1) + "\n")
     except BenchError as error:
         sys.exit(f"bench: {error}")
-    if options.json:
-        options.json.write_text(json.dumps(raw, indent=1) + "\n")
     print(report.as_text(raw))
-    if options.write:
-        report.write(raw)
-        print("bench/RESULTS.md and bench/chart.svg are written.")
 
 
 if __name__ == "__main__":

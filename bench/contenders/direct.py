@@ -1,12 +1,8 @@
-"""The design's plainest reading: Flask and boto3, an SSM and an SQS call for each request.
-
-`gunicorn "direct:create_app()"`, or with a cached token `"direct:create_app(cache_seconds=60)"`.
-"""
+"""The design's plainest reading: Flask and boto3, an SSM and an SQS call for each request."""
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import boto3
@@ -15,25 +11,18 @@ from flask import Flask, request
 from rules import Refused, check_data, check_token, message, success, token_of
 
 
-def create_app(cache_seconds: float = 0) -> Flask:
+def create_app() -> Flask:
     ssm = boto3.client("ssm", region_name=os.environ["AWS_REGION"])
     sqs = boto3.client("sqs", region_name=os.environ["AWS_REGION"])
     queue_url, parameter = os.environ["SQS_QUEUE_URL"], os.environ["TOKEN_SSM_PARAMETER"]
-    cache: dict[str, Any] = {"token": "", "until": 0.0}
     app = Flask(__name__)
-
-    def known_token() -> str:
-        if time.monotonic() < cache["until"]:
-            return str(cache["token"])
-        answer = ssm.get_parameter(Name=parameter, WithDecryption=True)
-        cache.update(token=answer["Parameter"]["Value"], until=time.monotonic() + cache_seconds)
-        return str(answer["Parameter"]["Value"])
 
     @app.post("/process")
     def process() -> dict[str, Any]:
         body: Any = request.get_json(silent=True)
         given = token_of(body)
-        check_token(given, known_token())
+        known = ssm.get_parameter(Name=parameter, WithDecryption=True)
+        check_token(given, known["Parameter"]["Value"])
         check_data(body.get("data"))
         sent = sqs.send_message(
             QueueUrl=queue_url, **message(body["data"], request.headers.get("X-Request-Id"))
