@@ -10,7 +10,7 @@ No table takes 10 minutes, so they can be measured in turn. `--json FILE` adds t
 to the file, and `python bench/report.py FILE` writes RESULTS.md and chart.svg from all of them.
 """
 
-# ruff: noqa: S310, S603, S607 - it starts the contenders, and asks them on loopback
+# ruff: noqa: S310, S603 - it starts the contenders, and asks them on loopback
 from __future__ import annotations
 
 import argparse
@@ -118,6 +118,15 @@ def pod(workers: int, aws: FakeAws) -> Contender:
 # --- Processes ------------------------------------------------------------------------------------
 
 
+def output(*command: str, folder: Path = PROJECT) -> str:
+    try:
+        done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        complaints = getattr(error, "stderr", "")
+        raise BenchError(f"{' '.join(command[:3])} failed: {error}\n{complaints}") from error
+    return done.stdout.strip()
+
+
 def stat_of(pid: str) -> list[str]:
     """/proc/PID/stat from the third field on; what stands before may contain blanks."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -182,21 +191,13 @@ def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
                 raise BenchError(f"{contender.name} does not serve:\n{text}")
             pid = process.pid
             if contender.command[0] == "docker":  # `process` is only its client
-                pid = int(docker("inspect", "--format={{.State.Pid}}", f"bench-{port}"))
+                pid = int(output("docker", "inspect", "-f", "{{.State.Pid}}", f"bench-{port}"))
             yield Running(pid, url, contender.publishes)
         finally:
             stop(process)
             if contender.command[0] == "docker":
                 with suppress(BenchError):
-                    docker("rm", "--force", f"bench-{port}")
-
-
-def docker(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["docker", *arguments], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BenchError(f"{error} {getattr(error, 'stderr', '')}".strip()) from error
-    return done.stdout.strip()
+                    output("docker", "rm", "--force", f"bench-{port}")
 
 
 def serves(url: str, process: subprocess.Popen[bytes]) -> bool:
@@ -399,10 +400,7 @@ def install(folder: Path, pins: Path, *commands: list[str]) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     for command in commands:
-        try:
-            subprocess.run(command, check=True, cwd=pins.parent, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise BenchError(f"{' '.join(command[:3])} failed: {error}") from error
+        output(*command, folder=pins.parent)
     shutil.copy(pins, stamp)
 
 
@@ -410,14 +408,13 @@ def node_version() -> str | None:
     """Node's version if Fastify can run: Node 20 or newer, and npm."""
     if not (shutil.which("node") and shutil.which("npm")):
         return None
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True)
-    text = version.stdout.strip().removeprefix("v")
-    return text if int(text.partition(".")[0]) >= 20 else None
+    version = output("node", "--version").removeprefix("v")
+    return version if int(version.partition(".")[0]) >= 20 else None
 
 
 def prepare(contenders: list[Contender]) -> None:
     if any(contender.command[0] == "docker" for contender in contenders):
-        docker("build", "--quiet", f"--tag={IMAGE}", str(PROJECT))
+        output("docker", "build", "--quiet", f"--tag={IMAGE}", ".")
     if FASTAPI in contenders:
         venv, pins = BENCH / "venv", BENCH / "requirements.txt"
         make = [sys.executable, "-m", "venv", str(venv)]
@@ -476,7 +473,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> list[Contender]:
-    contenders = [DEFAULT, ONE_WORKER, *options.beside, DIRECT, FLASK_ALONE, FASTAPI, FASTIFY]
+    contenders = [DEFAULT, ONE_WORKER, DIRECT, FLASK_ALONE, FASTAPI, FASTIFY]
     if not node_version():
         print("Fastify is left out: it needs Node 20 or newer, and npm.")
         contenders.remove(FASTIFY)
@@ -486,7 +483,7 @@ def chosen(options: argparse.Namespace) -> list[Contender]:
             found.append(email_processor(int(size[1]), int(size[2])))
         else:
             found += [each for each in contenders if part.lower() in each.name.lower()]
-    return found
+    return [*found, *options.beside]
 
 
 def figures_so_far(options: argparse.Namespace) -> dict[str, Any]:
