@@ -162,6 +162,8 @@ class Connection:
         self.sock, self.address, self.server = sock, address, server
         self.request = request
         self.unsent = deque[memoryview]()
+        self.step: Callable[[Connection], None] | None = None  # when the client is ready
+        self.registered_event = 0  # with the poller
         self.deadline = 0.0  # of the wait for the client, or for a thread
         self.linger_until = 0.0
         self.counted_bytes = 0  # of the request, in Worker.received_bytes
@@ -200,13 +202,14 @@ class Worker(base.Worker):  # type: ignore[misc]
         settings = self.wsgi.settings
         self.max_body_bytes: int = settings.max_request_bytes
         self.body_seconds: float = settings.body_timeout_seconds
+        self.keepalive: int = self.cfg.keepalive  # each look-up in cfg takes a microsecond
         self.max_received_bytes = max(
             MAX_RECEIVED_BYTES // self.cfg.workers, self.max_body_bytes + MAX_HEAD_BYTES
         )
         for queue, threads in ((self.with_body, self.cfg.threads), (self.without_body, 1)):
             for _ in range(threads):
                 threading.Thread(target=self.handle_requests, args=(queue,), daemon=True).start()
-        self.poller.register(self.PIPE[0], selectors.EVENT_READ, (self.clear_pipe, None))
+        self.poller.register(self.PIPE[0], selectors.EVENT_READ, self.clear_pipe)
         for listener in self.sockets:
             listener.setblocking(False)
             # Else the kernel would hold a whole response for each client that does not read.
@@ -227,11 +230,12 @@ class Worker(base.Worker):  # type: ignore[misc]
         events = self.poller.select(timeout)
         self.is_awake = True
         for key, _ in events:
-            step, conn = key.data
-            if conn is None:
-                step(key.fileobj)
-            elif conn in self.waiting:  # else an earlier event has closed the connection
-                self.guard(step, conn)
+            if not isinstance(conn := key.data, Connection):
+                key.data(key.fileobj)
+            elif conn in self.waiting:
+                self.guard(conn.step, conn)
+            elif conn.registered_event:  # its request is being handled
+                self.unregister(conn)
         while self.responses:
             conn = self.responses.popleft()
             conn.deadline = time.monotonic() + 2 * self.body_seconds
@@ -246,9 +250,9 @@ class Worker(base.Worker):  # type: ignore[misc]
             if self.alive:
                 self.set_accepting(True)
 
-    def guard(self, step: Callable[[Connection], None], conn: Connection) -> None:
+    def guard(self, step: Callable[[Connection], None] | None, conn: Connection) -> None:
         try:
-            step(conn)
+            step(conn)  # type: ignore[misc]
         except OSError:  # the client has gone
             self.close(conn)
         except Exception:
@@ -261,12 +265,20 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def watch(self, conn: Connection, event: int, step: Callable[[Connection], None]) -> None:
         self.waiting[conn] = None
-        self.poller.register(conn.sock, event, (step, conn))
+        conn.step = step
+        if conn.registered_event != event:
+            self.unregister(conn)
+            self.poller.register(conn.sock, event, conn)
+            conn.registered_event = event
 
     def unwatch(self, conn: Connection) -> None:
-        if conn in self.waiting:
-            del self.waiting[conn]
+        """Its socket stays registered: few clients send before they have the response."""
+        self.waiting.pop(conn, None)
+
+    def unregister(self, conn: Connection) -> None:
+        if conn.registered_event:
             self.poller.unregister(conn.sock)
+            conn.registered_event = 0
 
     def count(self, conn: Connection, size: int) -> None:
         with self.received_lock:
@@ -275,6 +287,7 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def close(self, conn: Connection) -> None:
         self.unwatch(conn)
+        self.unregister(conn)
         self.count(conn, 0)
         self.connections -= 1
         conn.sock.close()
@@ -286,7 +299,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.is_accepting = accepting
             for listener in self.sockets:
                 if accepting:
-                    self.poller.register(listener, selectors.EVENT_READ, (self.accept, None))
+                    self.poller.register(listener, selectors.EVENT_READ, self.accept)
                 else:
                     self.poller.unregister(listener)
 
@@ -337,7 +350,7 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def await_request(self, conn: Connection) -> None:
         """Wait for a request, or for the rest of one that has begun to arrive."""
-        seconds = self.cfg.keepalive if self.alive else STOP_SECONDS
+        seconds = self.keepalive if self.alive else STOP_SECONDS
         conn.deadline = time.monotonic() + (self.body_seconds if conn.request.data else seconds)
         self.watch(conn, selectors.EVENT_READ, self.receive)
 
@@ -355,17 +368,20 @@ class Worker(base.Worker):  # type: ignore[misc]
                 return
             conn.deadline = time.monotonic() + self.body_seconds
         request.data += data
+        if self.dispatch_if_complete(conn):
+            return
         self.count(conn, len(request.data))
-        self.dispatch_if_complete(conn)
         while self.received_bytes > self.max_received_bytes and (oldest := self.oldest_begun()):
             self.guard(self.expire, oldest)
 
-    def dispatch_if_complete(self, conn: Connection) -> None:
+    def dispatch_if_complete(self, conn: Connection) -> bool:
         if conn.request.is_complete():
             self.dispatch(conn)
-        elif conn.request.expects_continue:
+            return True
+        if conn.request.expects_continue:
             conn.request.expects_continue = False
             conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return False
 
     def oldest_begun(self) -> Connection | None:
         begun = (conn for conn in self.waiting if conn.request.data)
@@ -382,10 +398,10 @@ class Worker(base.Worker):  # type: ignore[misc]
         """Queue the request for a thread."""
         self.unwatch(conn)
         request = conn.request
-        if self.received_bytes > self.max_received_bytes and request.has_body:
-            request.reject(app.ApiError("overloaded", cause="too much memory waits for a thread"))
-        if request.error:
-            conn.linger_until = conn.deadline
+        if request.has_body and not request.error and self.received_bytes > self.max_received_bytes:
+            cause = f"{self.received_bytes} bytes of requests wait for a thread"
+            request.reject(app.ApiError("overloaded", cause=cause))
+        conn.linger_until = conn.deadline
         self.count(conn, len(request.data))
         conn.deadline = time.monotonic() + self.body_seconds
         (self.with_body if request.has_body else self.without_body).put(conn)
@@ -412,9 +428,8 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.watch(conn, selectors.EVENT_READ, self.linger)
             return
         self.await_request(conn)
-        if conn.request.data:  # sent behind the last request
+        if conn.request.data and not self.dispatch_if_complete(conn):  # sent behind the last one
             self.count(conn, len(conn.request.data))
-            self.dispatch_if_complete(conn)
 
     def linger(self, conn: Connection) -> None:
         """Drain the connection: otherwise TCP resets it before the client reads the response."""
