@@ -4,7 +4,6 @@ import atexit
 import gc
 import logging
 import os
-import random
 import resource
 import shutil
 import signal
@@ -142,10 +141,6 @@ def post_fork(server: Any, worker: Any) -> None:
         if isinstance(handler, app.LogHandler):
             handler.start()
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
-    # Python runs one thread of a process at a time. Threads that pass their turn from core to core
-    # cost a worker of 64 threads 14 % more CPU in a pod with half a core. Several need all cores.
-    if workers == 1 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {random.choice(sorted(os.sched_getaffinity(0)))})  # noqa: S311
 
 
 def post_worker_init(worker: Any) -> None:

