@@ -154,7 +154,7 @@ def test_cause_of_the_log_leads_to_its_row(
     if "kind" in fault:
         fake.set(faults={"SQS": fault})
     settings = app.Settings(sqs_queue_url=fake.queue_url)
-    app.create_app(settings).test_client().get("/ready")
+    app.create_app(settings).publisher.read_limit()
     (line,) = [vars(record) for record in caplog.records if record.message == "queue not reached"]
     assert row_of(line["cause"]) == row_of(word), line["cause"]
 
