@@ -1225,21 +1225,26 @@ class Publisher:
     def _send_batches(self, batch: list[Pending]) -> None:
         """Make calls one after the other while messages wait. Runs in a thread of the executor."""
         while batch:
+            unavailable = ApiError("queue_unavailable")
             outcomes: dict[Pending, str | ApiError] = {}
             again: list[Pending] = []
             try:
-                outcomes, again = self._send(batch)
+                again = self._send(batch, outcomes)
             except Exception:
                 log.exception("unhandled exception")
-                outcomes = dict.fromkeys(batch, ApiError("queue_unavailable"))
+                outcomes = dict.fromkeys(batch, unavailable) | outcomes
+            with self._lock:
+                self._waiting.extendleft(reversed(again))  # in front, in their order
+                if self._open and not self._may_start():
+                    outcomes |= dict.fromkeys(self._waiting, unavailable)
+                    self._waiting.clear()
+                self._pending_bytes -= sum(pending.size for pending in outcomes)
             for pending, outcome in outcomes.items():
                 if isinstance(outcome, str):
                     pending.message_id.set_result(outcome)
                 else:
                     pending.message_id.set_exception(outcome)
             with self._lock:
-                self._pending_bytes -= sum(pending.size for pending in outcomes)
-                self._waiting.extendleft(reversed(again))  # in front, in their order
                 self._in_flight -= 1
                 if batch is self._probe_batch:
                     self._probe_batch = None
@@ -1249,14 +1254,13 @@ class Publisher:
             for other in others:
                 self._executor.submit(self._send_batches, other)
 
-    def _send(self, batch: list[Pending]) -> tuple[dict[Pending, str | ApiError], list[Pending]]:
-        """Make one call. Returns the outcomes, and the messages to send again, in their order."""
+    def _send(self, batch: list[Pending], outcomes: dict[Pending, str | ApiError]) -> list[Pending]:
+        """Make one call, and add its outcomes. Returns the messages to send again, in order."""
         if batch[0].attempts:
             self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
         began = self._clock()
         in_time = [pending for pending in batch if began < pending.deadline]
-        outcomes: dict[Pending, str | ApiError] = {}
-        again: list[Pending] = []
+        again = list[Pending]()
         # The messages that failed, by cause and by whether they are sent again.
         failed: dict[tuple[str, bool], list[Pending]] = {}
         if late := [pending for pending in batch if pending not in in_time]:
@@ -1287,7 +1291,7 @@ class Publisher:
                     failed.setdefault((detail_of(result), retried), []).append(pending)
                 cause = next(iter(failed), ("", False))[0]
                 if self._update_circuit(label, began, cause):
-                    outcomes |= dict.fromkeys(self._waiting, ApiError("queue_unavailable"))
+                    outcomes.update(dict.fromkeys(self._waiting, ApiError("queue_unavailable")))
                     self._waiting.clear()
         for (cause, retried), messages in failed.items():
             ids = [pending.request_id for pending in messages]
@@ -1299,9 +1303,9 @@ class Publisher:
                 # The queue's limit may have been lowered since it was read.
                 too_large = "must be shorter than" in cause
                 error = ApiError("message_too_large" if too_large else "queue_unavailable")
-                outcomes |= dict.fromkeys(messages, error)
+                outcomes.update(dict.fromkeys(messages, error))
                 log.error("messages not sent", extra=extra)
-        return outcomes, sorted(again, key=batch.index)
+        return sorted(again, key=batch.index)
 
     def _update_circuit(self, label: str, began: float, cause: str) -> bool:
         """Open or close the circuit after a call that began then; whether it opened. Locked."""
