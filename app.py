@@ -1232,7 +1232,8 @@ class Publisher:
                 again = self._send(batch, outcomes)
             except Exception:
                 log.exception("unhandled exception")
-                outcomes = dict.fromkeys(batch, unavailable) | outcomes
+                for pending in batch:
+                    outcomes.setdefault(pending, unavailable)
             with self._lock:
                 self._waiting.extendleft(reversed(again))  # in front, in their order
                 if self._open and not self._may_start():
