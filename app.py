@@ -75,6 +75,19 @@ SERVICE = "email-processor"
 VERSION = "1.0.0"
 PROJECT = Path(__file__).parent
 
+
+def commit_of(checkout: Path) -> str:
+    command = ["git", f"--git-dir={checkout / '.git'}", "rev-parse", "--verify", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    except OSError:  # there is no git
+        return "unknown"
+    return "unknown" if done.returncode else done.stdout.strip()
+
+
+# The image has the variable; there is no git in it.
+COMMIT = os.environ.get("COMMIT", "").strip() or commit_of(PROJECT)
+
 log = logging.getLogger("email_processor")
 
 
@@ -306,10 +319,22 @@ TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
     "Unix time of the last successful token read, in the worker whose read is oldest; 0 if none.",
     multiprocess_mode="livemin",
 )
+TOKENS_ACCEPTED = prometheus_client.Counter(
+    "email_processor_tokens_accepted",
+    "Requests with a valid token, by the parameter that holds the token.",
+    ["parameter"],
+)
 LOG_LINES_DROPPED = prometheus_client.Counter(
     "email_processor_log_lines_dropped",
     "Log lines dropped because standard output did not take them in time.",
 )
+BUILD_INFO = prometheus_client.Gauge(
+    "email_processor_build_info",
+    "Always 1. The labels identify the build that the pod runs.",
+    ["version", "commit"],
+    multiprocess_mode="livemax",  # of all workers together, so that it is 1 and not their number
+).labels(VERSION, COMMIT)
+BUILD_INFO.set(1)
 
 
 def metrics_text() -> bytes:
@@ -428,6 +453,12 @@ class LogHandler(QueueHandler):
         LOG_LINES_DROPPED.inc()
         with self.lock:  # type: ignore[union-attr]
             self._dropped += 1
+
+
+def log_start(settings: Settings, workers: int, threads: int | None) -> None:
+    """Write the first log line of the pod: the build, and the settings that matter most."""
+    build = {"version": VERSION, "commit": COMMIT, "queue": settings.sqs_queue_url}
+    log.info("service starts", extra={**build, "workers": workers, "threads": threads})
 
 
 def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
@@ -894,35 +925,39 @@ class TokenStore:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
-        self._tokens: tuple[bytes, ...] = ()
+        self._tokens: tuple[tuple[str, bytes], ...] = ()  # with the parameter's configured name
         self._warned: set[tuple[str, str]] = set()
         self._attempted_at = self._due_at = -math.inf
         self._read_in_progress: Future[None] | None = None
         self.ready = False  # a token was read at least once
         self.problem: str | None = None  # why the last read failed
 
-    def accepts(self, token: str) -> bool:
-        """Whether SSM holds the token. Raises ApiError token_store_unavailable."""
-        is_known = self._matches(token)
-        if not is_known or self._clock() >= self._due_at:
+    def accepts(self, token: str) -> str | None:
+        """The name of the parameter that holds the token, as configured; None if there is none.
+
+        Raises ApiError token_store_unavailable.
+        """
+        name = self._matches(token)
+        if name is None or self._clock() >= self._due_at:
             was_failing = self.problem is not None
             read, is_new = self._start_read()
             # While SSM fails, at most one request waits for it at a time.
-            if read and not is_known and (is_new or not was_failing):
+            if read and name is None and (is_new or not was_failing):
                 read.result()
-                is_known = self._matches(token)
+                name = self._matches(token)
         if not self.ready:
             raise ApiError("token_store_unavailable")
-        return is_known
+        return name
 
     def refresh(self) -> None:
         """Start a read of the tokens, unless one is in progress or was just made."""
         self._start_read()
 
-    def _matches(self, token: str) -> bool:
+    def _matches(self, token: str) -> str | None:
         given = token.encode("utf-8", "surrogatepass")
-        matches = [hmac.compare_digest(given, known) for known in self._tokens]
-        return any(matches)  # after comparing with all: the time does not tell which one matched
+        # Compare with every token: the time does not reveal which token matched.
+        names = [name for name, known in self._tokens if hmac.compare_digest(given, known)]
+        return names[0] if names else None
 
     def _start_read(self) -> tuple[Future[None] | None, bool]:
         """The read in progress, if there is one, and whether it was started here."""
@@ -942,7 +977,11 @@ class TokenStore:
             missing = answer.get("InvalidParameters", [])
             if len(answer["Parameters"]) + len(missing) != len(self._names):
                 raise ValueError("the answer does not speak of every parameter")
-            tokens = [t for parameter in answer["Parameters"] for t in self._tokens_of(parameter)]
+            tokens = [
+                (self._configured_name(parameter), token.encode())
+                for parameter in answer["Parameters"]
+                for token in self._tokens_of(parameter)
+            ]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
             self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
@@ -953,7 +992,10 @@ class TokenStore:
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
         TOKEN_READ_TIMESTAMP.set_to_current_time()
-        self._tokens = tuple(token.encode() for token in tokens)
+        # In the configured order, which decides when parameters hold the same token.
+        self._tokens = tuple(
+            sorted(tokens, key=lambda pair: (*self._names, pair[0]).index(pair[0]))
+        )
         self.ready = self.ready or bool(tokens)
         if self.ready:
             # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
@@ -961,6 +1003,17 @@ class TokenStore:
         self._attempted_at = self._clock()
         self.problem = None
         TOKEN_READS["success"].inc()
+
+    def _configured_name(self, parameter: dict[str, Any]) -> str:
+        """The parameter's name as configured: perhaps an ARN, or with a version or label.
+
+        SSM returns the version or label apart, as Selector; emulators leave it out.
+        """
+        spelled = {parameter.get("Name"), parameter.get("ARN")}
+        selected = {f"{name}{parameter.get('Selector', '')}" for name in spelled}
+        exact = [name for name in self._names if name in selected]
+        close = [name for name in self._names if name.rpartition(":")[0] in spelled]
+        return (exact or close or [parameter.get("Name", "")])[0]
 
     def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
         """A parameter's tokens. What its owner may not have meant is logged once, without them."""
@@ -1455,6 +1508,8 @@ class Service(Flask):
     def __init__(self, settings: Settings, tokens: TokenStore, publisher: Publisher) -> None:
         super().__init__(__name__, static_folder=None)
         self.settings, self.tokens, self.publisher = settings, tokens, publisher
+        for parameter in settings.token_ssm_parameter:
+            TOKENS_ACCEPTED.labels(parameter)  # there from the start, as every series
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
         self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
         self.post("/process")(self.process)
@@ -1548,8 +1603,11 @@ class Service(Flask):
         token = members.get("token")
         if token is None or token == "":
             raise ApiError("token_required")
-        if not isinstance(token, str) or not self.tokens.accepts(token):
+        parameter = self.tokens.accepts(token) if isinstance(token, str) else None
+        if parameter is None:
             raise ApiError("invalid_token")
+        exchange.line["token_parameter"] = parameter
+        TOKENS_ACCEPTED.labels(parameter).inc()
         validate_data(members.get("data"))
         return self.publisher.publish(
             Message(
@@ -1587,7 +1645,8 @@ class Service(Flask):
             if not rule.arguments
             for method in (rule.methods or set()) - {"HEAD"}
         )
-        return json_response({"service": SERVICE, "version": VERSION, "endpoints": endpoints})
+        build = {"version": VERSION, "commit": COMMIT}
+        return json_response({"service": SERVICE, **build, "endpoints": endpoints})
 
     def openapi(self) -> Response:
         return Response(openapi_document(), mimetype="application/json")
@@ -1743,6 +1802,7 @@ def listen(port: int) -> socket.socket:
 def serve_without_gunicorn(settings: Settings) -> None:
     logging.config.dictConfig(logging_config(settings.log_level))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request once more
+    log_start(settings, workers=1, threads=None)  # a thread for each connection
     with listen(settings.port) as sock:
         host, app = sock.getsockname()[0], create_app(settings)
         server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())

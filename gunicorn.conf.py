@@ -83,6 +83,11 @@ forwarder_headers = ""
 
 
 class Logger(glogging.Logger):  # type: ignore[misc]
+    def __init__(self, cfg: Any) -> None:
+        """Called once, in the master, before Gunicorn writes its first line."""
+        super().__init__(cfg)
+        app.log_start(settings, workers, threads)
+
     def access(self, *_: Any) -> None:
         """app.py writes a line for each request. With a logconfig_dict, Gunicorn would still gather
         what its own line shows.
@@ -141,6 +146,7 @@ def post_fork(server: Any, worker: Any) -> None:
         if isinstance(handler, app.LogHandler):
             handler.start()
     app.TOKEN_READ_TIMESTAMP.set(0)  # this makes the worker's files, with all series
+    app.BUILD_INFO.set(1)
 
 
 def post_worker_init(worker: Any) -> None:

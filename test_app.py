@@ -18,6 +18,7 @@ import random
 import re
 import socket
 import string
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -187,6 +189,13 @@ class Service:
         code = self.post(envelope(None, token)).get_json()["error"]
         assert code in ("invalid_data", "invalid_token"), code
         return bool(code == "invalid_data")
+
+    def parameters_of(self, token: str) -> dict[str, float]:
+        """The parameters for which a request with the token counts, and how often."""
+        before, head = self.metrics(), 'tokens_accepted_total{parameter="'
+        self.accepts(token)
+        grown = self.grown(before)
+        return {n.removeprefix(head)[:-2]: v for n, v in grown.items() if n.startswith(head)}
 
     def grown(self, before: dict[str, float]) -> dict[str, float]:
         """What has come to the metrics since then."""
@@ -366,7 +375,32 @@ def test_ready_stays_200_in_a_later_outage(service: Service) -> None:
 def test_index_lists_the_endpoints(service: Service) -> None:
     body = service.get("/").get_json()
     assert set(body.pop("endpoints")) == {"POST /process", *(f"GET {path}" for path in GET_PATHS)}
-    assert body == {"service": "email-processor", "version": app.VERSION}
+    assert body == {"service": "email-processor", "version": app.VERSION, "commit": app.COMMIT}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_checkout_reports_its_own_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout, worktree, inside = tmp_path / "a", tmp_path / "b", tmp_path / "a" / "inside"
+    inside.mkdir(parents=True)
+    git(checkout, "init", "--quiet")
+    assert app.commit_of(checkout) == "unknown"  # there is no commit yet
+    for message in ("first", "second"):
+        git(checkout, "commit", "--quiet", "--allow-empty", "--message", message)
+        assert app.commit_of(checkout) == git(checkout, "rev-parse", "HEAD")
+    git(checkout, "pack-refs", "--all")
+    git(checkout, "worktree", "add", "--quiet", str(worktree), "HEAD~1")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # as in a hook of another repository
+    monkeypatch.chdir(tmp_path)
+    commits = [app.commit_of(folder) for folder in (worktree, checkout)]
+    monkeypatch.delenv("GIT_DIR")
+    assert commits == git(checkout, "log", "--reverse", "--format=%H").split()
+    assert app.commit_of(inside) == "unknown"  # it is no checkout of the service
+    monkeypatch.setenv("PATH", "")
+    assert app.commit_of(checkout) == "unknown"  # there is no git
 
 
 def test_docs_page_needs_no_other_host(service: Service) -> None:
@@ -866,6 +900,49 @@ def test_token_of_each_parameter_is_accepted() -> None:
     assert [service.accepts(token) for token in "abcd"] == [True, True, True, False]
 
 
+ARN = "arn:aws:ssm:us-west-1:123456789012:parameter/a"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("/a", {"Name": "/a", "ARN": ARN}),
+        ("/a:3", {"Name": "/a", "ARN": ARN, "Selector": ":3"}),
+        ("/a:prod", {"Name": "/a", "ARN": ARN}),  # an emulator's
+        (ARN, {"Name": "/a", "ARN": ARN}),
+        (ARN, {"Name": ARN}),  # of another account
+        (f"{ARN}:3", {"Name": "/a", "ARN": ARN, "Selector": ":3"}),
+    ],
+)
+def test_accepted_token_counts_for_its_parameter_as_configured(
+    log_at: LogAt, name: str, found: dict[str, str]
+) -> None:
+    other = {"Name": "/a-2", "ARN": f"{ARN}-2", "Value": "other"}
+    answer = {"Parameters": [other, {**found, "Value": "secret"}], "InvalidParameters": []}
+    service, lines = Service(Ssm(answer), token_ssm_parameter=(name, "/a-2")), log_at("INFO")
+    assert f'tokens_accepted_total{{parameter="{name}"}}' in service.metrics()
+    assert service.parameters_of("secret") == {name: 1}
+    assert service.parameters_of("other") == {"/a-2": 1}
+    assert service.parameters_of("guess") == {}
+    of_requests = [line for line in lines() if line["message"] == "request"]
+    assert [line.get("token_parameter") for line in of_requests] == [name, "/a-2", None]
+
+
+def test_version_of_a_parameter_counts_apart_from_the_latest() -> None:
+    latest = {"Name": "/a", "ARN": ARN, "Value": "new"}
+    answer = {"Parameters": [latest, {**latest, "Selector": ":1", "Value": "old"}]}
+    service = Service(Ssm(answer), token_ssm_parameter=("/a:1", "/a"))
+    assert service.parameters_of("new") == {"/a": 1}
+    assert service.parameters_of("old") == {"/a:1": 1}
+
+
+@pytest.mark.parametrize("names", [("/a", "/b"), ("/b", "/a")])
+def test_token_of_two_parameters_counts_for_the_first_one_configured(names: tuple[str]) -> None:
+    sorted_by_name = [{"Name": name, "Value": "same"} for name in ("/a", "/b")]  # SSM does that
+    service = Service(Ssm({"Parameters": sorted_by_name}), token_ssm_parameter=names)
+    assert service.parameters_of("same") == {names[0]: 1}
+
+
 STORED = [
     ("SecureString", "s3 cr3t\n", ["s3 cr3t"], "white space"),
     ("SecureString", "\ufeffs3cr3t \r\n", ["s3cr3t"], "white space"),
@@ -1241,7 +1318,8 @@ def test_request_gives_one_line_with_documented_fields(service: Service, log_at:
     always |= {"method": "POST", "path": "/process"}
     traced = {"request_id": "r-1", "trace_id": TRACE_ID, "client": "2001:db8::1"}
     untraced = {"request_id": "r-2", "client": "127.0.0.1"}
-    assert accepted == {**always, **traced, "status": 200, "message_id": "6e5f0a2b"}
+    always_accepted = {"status": 200, "message_id": "6e5f0a2b", "token_parameter": PARAMETER}
+    assert accepted == {**always, **traced, **always_accepted}
     assert refused == {**always, **untraced, "status": 401, "error": "invalid_token"}
 
 

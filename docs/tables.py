@@ -46,7 +46,16 @@ def errors(_: str) -> list[tuple[str, ...]]:
     return rows
 
 
+# Labels whose values the configuration or the build decides.
+DECIDED = {
+    "parameter": "each name in `TOKEN_SSM_PARAMETER`",
+    "version": "as in `GET /`",
+    "commit": "as in `GET /`",
+}
+
+
 def metrics(_: str) -> list[tuple[str, ...]]:
+    app.TOKENS_ACCEPTED.labels("")  # no series, no label
     rows = [("Metric", "Type", "Labels", "Meaning")]
     for metric in REGISTRY.collect():
         if not metric.name.startswith("email_processor") or metric.name.endswith("_created"):
@@ -59,7 +68,7 @@ def metrics(_: str) -> list[tuple[str, ...]]:
         for name, values in labels.items():
             listed = [f"`{value}`" for value in dict.fromkeys(values) if value not in app.ERRORS]
             codes = ["or an error code"] if set(app.ERRORS) <= set(values) else []
-            cells.append(f"`{name}`: {', '.join(listed + codes)}")
+            cells.append(f"`{name}`: {DECIDED.get(name) or ', '.join(listed + codes)}")
         name = metric.name + "_total" * (metric.type == "counter")
         rows.append((f"`{name}`", metric.type, "; ".join(cells), metric.documentation))
     return rows

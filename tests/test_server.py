@@ -30,6 +30,7 @@ from conftest import (
     environment,
     eventually,
     gunicorn,
+    has_booted,
     kill,
     post,
     post_head,
@@ -37,6 +38,8 @@ from conftest import (
 )
 from fake_aws import FakeAws
 from prometheus_client import REGISTRY
+
+import app
 
 LIMIT = 2_097_152
 DEADLINE = 1.0
@@ -293,6 +296,8 @@ REFUSED = 'email_processor_requests_total{outcome="invalid_json"}'
 ANSWERED = 'email_processor_requests_total{outcome="success"}'
 READ = 'email_processor_token_reads_total{result="success"}'
 READ_AT = "email_processor_token_read_timestamp_seconds"
+ACCEPTED = [f'email_processor_tokens_accepted_total{{parameter="{name}"}}' for name in ("/a", "/b")]
+BUILD_INFO = f'email_processor_build_info{{commit="{app.COMMIT}",version="{app.VERSION}"}}'
 
 
 def test_metrics_are_those_of_all_workers_together(service: Service) -> None:
@@ -313,14 +318,16 @@ def test_metrics_begin_with_every_series_at_nought(
         for family in REGISTRY.collect()
         for sample in family.samples
         if sample.name.startswith("email_processor") and not sample.name.endswith("_created")
-    }
+    } | {"email_processor_tokens_accepted_total"}
     for _ in range(2):
-        with start_service(PROMETHEUS_MULTIPROC_DIR=str(folder), **ONE) as service:
+        settings = {"PROMETHEUS_MULTIPROC_DIR": str(folder), "TOKEN_SSM_PARAMETER": "/a,/b", **ONE}
+        with start_service(**settings) as service:
             metrics = service.metrics()
             assert {name.partition("{")[0] for name in metrics} == known
             # The start asks for /health, and the worker reads the token.
             counted = {name for name, value in metrics.items() if value}
-            assert counted <= {ANSWERED, READ, READ_AT}
+            assert counted <= {ANSWERED, READ, READ_AT, BUILD_INFO}
+            assert [metrics[name] for name in ACCEPTED] == [0, 0]
             assert service.ask(post(b"{")).status == 400
             assert service.metrics()[REFUSED] == 1
         (folder / "counter_4711.db").write_bytes(b"of an older version")
@@ -353,6 +360,26 @@ def test_worker_that_ends_takes_its_gauges_alone(
     counters = [name for name in before if re.search("_(total|count|sum|bucket)", name)]
     assert REFUSED in counters
     assert [name for name in counters if after[name] < before[name]] == []
+
+
+def test_pod_identifies_its_build_once(start_service: StartService) -> None:
+    with start_service(COMMIT="0123abc", GUNICORN_WORKERS="3") as service:
+        assert service.get("/").json["commit"] == "0123abc"
+        old = service.workers()
+        kill(old[0])
+        eventually(lambda: len(set(service.workers()) - set(old[1:])) == 1)
+        eventually(lambda: all(map(has_booted, service.workers())))
+        metrics = service.metrics()
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(set(service.workers()) - set(old)) == 3)
+        lines = service.log()
+    builds = {name: value for name, value in metrics.items() if "build_info" in name}
+    assert builds == {BUILD_INFO.replace(app.COMMIT, "0123abc"): 1}
+    (start,) = [line for line in lines if "commit" in line]
+    assert start == lines[0]
+    settings = {"workers": 3, "threads": 2, "queue": service.variables["SQS_QUEUE_URL"]}
+    said = {"version": app.VERSION, "commit": "0123abc", "message": "service starts", **settings}
+    assert said.items() <= start.items()
 
 
 def test_reload_keeps_the_counters(start_service: StartService) -> None:
