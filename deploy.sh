@@ -356,11 +356,19 @@ find_image() {
 }
 
 push_image() {
+  local commit
   log_in
   if find_image; then
     say "keep $repository:$tag, which the registry has"
   else
-    quietly docker build --platform "$platform" --tag "$repository:$tag" .
+    commit=$(git rev-parse HEAD)
+    git diff --quiet HEAD || commit+=-dirty
+    # A remote's URL may hold a password.
+    quietly docker build --platform "$platform" --build-arg "COMMIT=$commit" \
+      --build-arg "CREATED=$(git show --no-patch --format=%cI HEAD)" \
+      --build-arg "SOURCE_DATE_EPOCH=$(git show --no-patch --format=%ct HEAD)" \
+      --build-arg "SOURCE=$(git remote get-url origin 2>/dev/null | sed 's|//[^/]*@|//|')" \
+      --tag "$repository:$tag" .
     quietly docker push "$repository:$tag"
     find_image || {
       echo "The registry does not show $repository:$tag after the push." >&2

@@ -452,6 +452,23 @@ def test_rendered_manifests_hold_what_stack_and_options_say(machine: World) -> N
 # --- Roll-out -------------------------------------------------------------------------------------
 
 
+def test_image_gets_its_commit_with_date_and_source(machine: World, checkout: Path) -> None:
+    git(checkout, "remote", "add", "origin", "https://me:secret@git.example/mail.git")
+    commit, date, seconds = git(checkout, "show", "-s", "--format=%H %cI %ct").split()
+    for state in ("", "-dirty"):
+        result = machine.execute(str(checkout / "deploy.sh"), REGISTRY, ACCOUNT)
+        assert result.returncode == 0, result
+        (build,) = machine.calls("docker", "build")
+        given = [word for word in build["arguments"] if re.match("[A-Z_]+=", word)]
+        assert sorted(given) == [
+            f"COMMIT={commit}{state}",
+            f"CREATED={date}",
+            "SOURCE=https://git.example/mail.git",
+            f"SOURCE_DATE_EPOCH={seconds}",
+        ]
+        (checkout / "app.py").write_text("# changed\n")
+
+
 @slow
 def test_second_run_keeps_what_runs(machine: World) -> None:
     options = ("--token-parameter", f"{PARAMETER},/b", "--queue-name", "other")

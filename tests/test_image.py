@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fake_aws import FakeAws
 from load import Ledger, Load
 
 IMAGE = "email-processor:test"
+FILES = {"app.py", "gunicorn.conf.py", "openapi.yaml", "worker.py"}
 RESTRICTIONS = (
     *("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"),
     *("--security-opt", "no-new-privileges", "--memory", "512m", "--cpus", "0.5"),
@@ -39,10 +41,24 @@ def docker(*arguments: str, check: bool = True) -> str:
     return done.stdout.strip()
 
 
+IDENTITY = {
+    "COMMIT": "0123456789abcdef0123456789abcdef01234567",
+    "CREATED": "2026-01-02T03:04:05+01:00",
+    "SOURCE": "https://git.example/mail",
+    "SOURCE_DATE_EPOCH": "1767319445",
+}
+
+
+def build(*options: str, folder: Path = PROJECT, **changes: str) -> str:
+    """The image's id: another run may give the name to an image of its own."""
+    pairs = {**IDENTITY, **changes}.items()
+    arguments = [word for pair in pairs for word in ("--build-arg", "=".join(pair))]
+    return docker("build", "--quiet", "--tag", IMAGE, *arguments, *options, str(folder))
+
+
 @pytest.fixture(scope="module")
 def image() -> str:
-    # Its id: another run may give the name to an image of its own.
-    return docker("build", "--quiet", "--tag", IMAGE, str(PROJECT))
+    return build()
 
 
 @contextmanager
@@ -81,13 +97,33 @@ def test_image_is_small_with_gunicorn_as_uid_1000(image: str) -> None:
     assert not found["Config"].get("Healthcheck")
 
 
+def test_image_names_the_commit_that_it_was_built_from(image: str, fake: FakeAws) -> None:
+    prefix = "org.opencontainers.image."
+    assert inspect(image)["Config"]["Labels"] == {
+        f"{prefix}revision": IDENTITY["COMMIT"],
+        f"{prefix}created": IDENTITY["CREATED"],
+        f"{prefix}source": IDENTITY["SOURCE"],
+    }
+    for built, commit in (image, IDENTITY["COMMIT"]), (build(COMMIT="another"), "another"):
+        with running(built, fake) as (name, port, _), Client(port) as client:
+            assert client.send(request_head("GET", "/")).answer().json["commit"] == commit
+            assert json.loads(docker("logs", name).splitlines()[0])["commit"] == commit
+    command = ("docker", "build", "--quiet", str(PROJECT))
+    plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with running(plain, fake) as (_, port, _), Client(port) as client:
+        assert client.send(request_head("GET", "/")).answer().json["commit"] == "unknown"
+
+
+def test_each_build_of_a_commit_gives_the_same_image(image: str, tmp_path: Path) -> None:
+    for name in ("Dockerfile", ".dockerignore", *FILES, "requirements.txt"):
+        shutil.copyfile(PROJECT / name, tmp_path / name)  # with other times and modes
+        (tmp_path / name).chmod(0o600)
+    assert build("--no-cache", folder=tmp_path) == image
+
+
 def test_image_holds_nothing_but_the_application(image: str) -> None:
     files = docker("run", "--rm", image, "find", "/srv", "-type", "f", "-not", "-name", "*.pyc")
-    assert {path.rpartition("/")[2] for path in files.splitlines()} == {
-        "app.py",
-        "gunicorn.conf.py",
-        "openapi.yaml",
-    }
+    assert {path.rpartition("/")[2] for path in files.splitlines()} == FILES
     installed = docker("run", "--rm", image, "ls", "/opt/venv/bin")
     assert "gunicorn" in installed
     assert "pip" not in installed.split()
