@@ -19,7 +19,7 @@ from conftest import (
     post_head,
 )
 from fake_aws import FakeAws
-from test_documentation import page
+from test_documentation import page, table
 
 import app
 
@@ -72,10 +72,11 @@ def values(records: list[Record], path: str) -> list[Any]:
 
 
 def queries() -> dict[str, str]:
-    """The queries of the guide, by the question before each."""
-    return dict(
-        re.findall(r"^# ([^\n]+)\n(filter .*?)(?=\n\n|```)", page("metrics"), re.M | re.DOTALL)
-    )
+    """The queries of the guide, by the question before each, and of CloudWatch's dashboard."""
+    guide = re.findall(r"^# ([^\n]+)\n(filter .*?)(?=\n\n|```)", page("metrics"), re.M | re.DOTALL)
+    template = (PROJECT / "infra" / "email-processor.yaml").read_text("utf-8")
+    dashboard = re.findall(r'"title": "(.*)",\n.*\n +"query": (".*")\n', template)
+    return {**dict(guide), **{title: json.loads(query) for title, query in dashboard}}
 
 
 @pytest.mark.parametrize("title", queries())
@@ -90,10 +91,21 @@ def test_log_query_asks_for_fields_that_the_log_has(
     for field, listed in re.findall(r'([\w.]+) (?:=|in) (\[[^]]*\]|"[^"]*")', query):
         for value in set(re.findall(r'"([^"]*)"', listed)) - {"ERROR", "WARNING", "CRITICAL"}:
             assert value in values(records, field), f"{field} is never {value}"
+    for field, pattern in re.findall(r"([\w.]+) like /(.+?)/", query):
+        assert re.search(pattern, "\n".join(values(records, field)))
+
+
+def test_table_of_signals_has_every_metric_alarm_and_dashboard() -> None:
+    template = (PROJECT / "infra" / "email-processor.yaml").read_text("utf-8")
+    alarms = re.findall(r"^  (\w+):\n    Type: AWS::CloudWatch::Alarm", template, re.MULTILINE)
+    metrics = [row[0].removeprefix("email_processor_") for row in table("Metrics")]
+    listed = " ".join(row[0] for row in table("Signals"))
+    named = re.findall(r"[\w/.-]+", listed.replace("`", ""))
+    assert [name for name in (*metrics, *alarms, app.SERVICE) if name not in named] == []
 
 
 def test_guide_has_a_query_for_each_question() -> None:
-    assert len(queries()) == 5
+    assert len(queries()) == 6 + 3
 
 
 # --- Grafana --------------------------------------------------------------------------------------

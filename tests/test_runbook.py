@@ -191,10 +191,14 @@ def test_commands_of_aws_run(emulator: str) -> None:
     commands = re.sub(r"^\./deploy\.sh .*", "", "\n".join(blocks), flags=re.MULTILINE)
     # Version 1 of the command ignores AWS_ENDPOINT_URL for SQS. What the emulator does not have is
     # checked by the command alone, arguments and all.
-    stand_ins = """kubectl() { echo registry/email-processor@sha256:0; }
+    stand_ins = """kubectl() { case $1 in
+      get) echo pod/a ;;
+      exec) echo 'email_processor_tokens_accepted_total{parameter="/a"} 1.0' ;;
+      logs) echo '{"token_parameter": "/email-service/api-token", "client": "10.0.0.1"}' ;;
+    esac; }
     aws() { case "$1 $2" in
       eks*) ;;
-      ecr* | *message-move-task*) command aws "$@" --generate-cli-skeleton output ;;
+      *message-move-task*) command aws "$@" --generate-cli-skeleton output ;;
       *) command aws --endpoint-url "$AWS_ENDPOINT_URL" "$@" ;;
     esac; }
     """

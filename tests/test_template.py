@@ -252,9 +252,9 @@ def watched(alarm: dict[str, Any]) -> set[str]:
     }
 
 
-def widgets(**parameters: str) -> list[dict[str, Any]]:
+def widgets(kind: str = "metric", **parameters: str) -> list[dict[str, Any]]:
     body = json.loads(stack(**parameters)["Dashboard"]["DashboardBody"])
-    return [widget["properties"] for widget in body["widgets"]]
+    return [widget["properties"] for widget in body["widgets"] if widget["type"] == kind]
 
 
 def drawn(**parameters: str) -> set[str]:
@@ -288,6 +288,13 @@ def test_dashboard_draws_what_aws_publishes() -> None:
     assert drawn(**WHOLE) == SERIES - {unhealthy} | {rate}
     # A dimension must not be empty, before there is a load balancer.
     assert "AWS/ApplicationELB RequestCount LoadBalancer=none" in drawn()
+
+
+def test_dashboard_reads_the_log_of_its_cluster() -> None:
+    source = "SOURCE '/aws/containerinsights/blue/application' | filter "
+    queries = [widget["query"] for widget in widgets("log", ClusterName="blue")]
+    assert len(queries) == 3
+    assert all(query.startswith(source) for query in queries)
 
 
 def test_dashboard_shows_the_autoscalers_limits() -> None:
