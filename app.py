@@ -37,6 +37,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.resources import files
 from importlib.util import find_spec
+from itertools import accumulate
+from json.encoder import encode_basestring_ascii
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
@@ -499,7 +501,7 @@ def read_body(limit: int) -> bytes:
 
 # --- Parsing and validation -----------------------------------------------------------------------
 
-MAX_JSON_DEPTH = 100
+MAX_JSON_DEPTH, MAX_JSON_VALUES = 100, 10_000
 FIELDS = ("email_subject", "email_sender", "email_timestream", "email_content")
 TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01-01 UTC
 
@@ -508,12 +510,17 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# Numbers go on as text, so none is needed in full: 20 digits show that one is out of range, and
-# int() refuses to read more than 4,300.
-_decoder = json.JSONDecoder(
-    parse_int=lambda digits: int(digits[:20]), parse_constant=_refuse_constant
-)
-_to_value = re.compile(r"\s*:\s*").match
+# The queue gets numbers as text, so none is needed in full: 20 digits show that an integer is out
+# of range (int() refuses more than 4,300), and a number with a fraction is never valid.
+_scan_value = json.JSONDecoder(
+    parse_int=lambda digits: int(digits[:20]),
+    parse_float=lambda _: math.nan,
+    parse_constant=_refuse_constant,
+).scan_once  # type: ignore[attr-defined]
+_space = re.compile(r"[ \t\n\r]*").match
+_space_and_brace = re.compile(r"[ \t\n\r]*\{").match
+_to_lists = bytes.maketrans(b"{}", b"[]")
+_all_but_brackets = bytes(set(range(256)) - set(b"[]"))
 
 
 def check_media_type(request: Request) -> None:
@@ -528,53 +535,88 @@ def check_media_type(request: Request) -> None:
 
 
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
-    """The members of the request's JSON object, and its text. Raises ApiError invalid_json."""
+    """The members of the request's JSON object, and the source text of its "data", in ASCII.
+
+    The parsed "data", written out again, would have 1.1 for 1.10 and Infinity for 1e400.
+
+    Raises ApiError invalid_json.
+    """
+    check_json_limits(body)
+    spans: list[tuple[int, int]] = []
+
+    def scan_member(text: str, start: int) -> tuple[Any, int]:
+        value, end = _scan_value(text, start)
+        spans.append((start, end))
+        return value, end
+
     try:
-        text = body.decode("utf-8-sig")  # without the byte order mark that PowerShell sends
-        members = _decoder.decode(text)
-        # Only a text with many brackets can be deep; most never pay for the walk.
-        if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _is_deep(members):
-            raise RecursionError
-    except RecursionError:
-        message = f"The JSON nests deeper than {MAX_JSON_DEPTH} levels."
-        raise ApiError("invalid_json", message) from None
+        text = ascii_json(body.decode("utf-8-sig"))  # without PowerShell's byte order mark
+        brace = _space_and_brace(text)
+        if not brace:
+            raise ApiError("invalid_json", "The request body is not a JSON object.")
+        # json's own parser of an object. Its C version does not report where members are.
+        members, end = json.decoder.JSONObject(  # type: ignore[attr-defined]
+            (text, brace.end()), True, scan_member, None, list
+        )
+        end = _space(text, end).end()  # type: ignore[union-attr]
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError:
         raise ApiError("invalid_json", "The request body is not UTF-8.") from None
     except ValueError as error:
-        raise ApiError("invalid_json", f"The request body is not JSON: {error}.") from None
-    if not isinstance(members, dict):
-        raise ApiError("invalid_json", "The request body is not a JSON object.")
-    return members, text
+        # The column is correct only if ascii_json has changed nothing in front of it.
+        reason = str(error) if body.isascii() else str(error).partition(" column")[0]
+        raise ApiError("invalid_json", f"The request body is not JSON: {reason}.") from None
+    # Of several members with one name, the last counts.
+    starts = {name: span for (name, _), span in zip(members, spans, strict=True)}
+    return dict(members), text[slice(*starts.get("data", (0, 0)))]
 
 
-def data_text(text: str) -> str:
-    """The source text of the member "data", in the text of a JSON object.
+def check_json_limits(body: bytes) -> None:
+    """Limit depth and number of values before the parse: `[]` takes 30 times its text in memory.
 
-    That goes into the queue: the parsed value, written out again, would have 1.1 for 1.10 and
-    Infinity for 1e400.
+    Brackets and commas in strings do not count. If the body is not JSON, the counts hold up to its
+    first error, where the parser stops.
+
+    Raises ApiError invalid_json.
     """
-    found, index = "", 0
-    while (index := text.find('"', index)) >= 0:
-        name, index = _decoder.raw_decode(text, index)
-        start = _to_value(text, index).end()  # type: ignore[union-attr]
-        _, index = _decoder.raw_decode(text, start)
-        if name == "data":  # the last one counts, as it does in the decoder
-            found = text[start:index]
-    return found
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets <= MAX_JSON_DEPTH and brackets + body.count(b",") < MAX_JSON_VALUES:
+        return  # with the strings, which an ordinary email need not pay to remove
+    # With no escapes, each part at an even index is outside of strings. Each value has up to two
+    # strings, its name included, of two quotes each.
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_JSON_VALUES + 1)
+    lists = b'"'.join(parts[::2]).translate(_to_lists, b" \t\n\r")
+    values = 1 + lists.count(b"[") + lists.count(b",") - lists.count(b"[]")
+    if values > MAX_JSON_VALUES or len(parts) > 4 * MAX_JSON_VALUES + 1:
+        message = f"The JSON has more than {MAX_JSON_VALUES:,} values."
+        raise ApiError("invalid_json", message)
+    open_and_close = lists.translate(None, _all_but_brackets)[: 2 * MAX_JSON_VALUES]
+    steps = (1 if bracket == ord("[") else -1 for bracket in open_and_close)
+    if max(accumulate(steps), default=0) > MAX_JSON_DEPTH:
+        message = f"The JSON nests deeper than {MAX_JSON_DEPTH} levels."
+        raise ApiError("invalid_json", message)
 
 
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+# From a character beyond ASCII on, in parts of less than 1 MiB. Control characters are valid only
+# between strings, of which check_json_limits allows few.
+_not_ascii = re.compile(r"[^\x00-\x7f][^\x00-\x1f]{,99999}")
+
+
+def ascii_json(text: str) -> str:
+    """The same JSON with characters beyond ASCII escaped: SQS refuses some of them.
+
+    In time for 2 MiB of them, so that no function is called for each.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        # Also escapes the backslashes and quotes, which are JSON's own here.
+        return encode_basestring_ascii(found[0]).replace(r"\\", "\\").replace(r"\"", '"')[1:-1]
+
+    if text.isascii():
+        return text
+    # With more matches than strings, a string has control characters: the text is not JSON.
+    return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
 def is_visible(character: str) -> bool:
@@ -1088,16 +1130,6 @@ class Message:
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-def ascii_json(text: str) -> str:
-    """The same JSON with every other character escaped: SQS refuses some of them.
-
-    Outside of strings JSON is ASCII, so what is found can only be in one.
-    """
-    if text.isascii():
-        return text
-    return re.sub(r"[^\x00-\x7f]+", lambda found: json.dumps(found[0])[1:-1], text)
-
-
 TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
@@ -1599,7 +1631,7 @@ class Service(Flask):
         """Read and check the request, and publish its message. The future gives the MessageId."""
         body = read_body(self.settings.max_request_bytes)
         check_media_type(request)
-        members, text = parse_request(body)
+        members, data = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
             raise ApiError("token_required")
@@ -1611,7 +1643,7 @@ class Service(Flask):
         validate_data(members.get("data"))
         return self.publisher.publish(
             Message(
-                body=ascii_json(data_text(text)),
+                body=data,
                 request_id=exchange.line["request_id"],
                 idempotency_key=header_text(exchange.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
                 trace_header=exchange.trace_header,
@@ -1702,8 +1734,8 @@ def create_app(
     """The WSGI application.
 
     Without settings they are read from the environment (SettingsError). Tests bring clients: those
-    of boto3, or anything with their methods. No call of AWS is made and no thread started before
-    the first request, or Service.warm_up.
+    of boto3, or anything with their methods. This calls no AWS and starts no thread: warm_up does,
+    or the first request.
     """
     settings = settings or Settings.from_environ(os.environ)
     # Of reads of token and queue beside the calls that publish.

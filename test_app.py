@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from moto import mock_aws
-from werkzeug.test import TestResponse
+from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 import app
 
@@ -600,6 +601,12 @@ def nested(levels: int, level: str) -> bytes:
     return with_data(f'{{{json.dumps(DATA)[1:-1]}, "deep": {deep}}}')
 
 
+def valued(values: int, value: str) -> bytes:
+    """The request with so many JSON values: six beside the texts and the list in which they are."""
+    listed = ", ".join([value] * (values - 8))
+    return with_data(f'{{{json.dumps(DATA)[1:-1]}, "many": [{listed}]}}')
+
+
 def with_timestamp(text: str) -> bytes:
     return with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
 
@@ -616,7 +623,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "byte order mark": {"body": b"\xef\xbb\xbf" + BODY},
     "100 levels of lists": {"body": nested(100, "[]")},
     "100 levels of objects": {"body": nested(100, '{"a":}')},
-    "many brackets": {"body": envelope({**DATA, "text": "[{" * 500, "wide": [[], {}] * 500})},
+    "10,000 values": {"body": valued(10_000, "1")},
+    "10,000 values with names": {"body": valued(5_004, '{"a,": 1}')},
+    "10,000 empty values": {"body": valued(10_000, "[ ]").replace(b"[ ], [ ]", b"{}, { }")},
+    "code in a text": {"body": envelope({**DATA, "email_content": '[{"a": [1, "\\\\"]},' * 9_000})},
     "start of 2000": {"body": with_timestamp('"946684800"')},
     "start of 2000, a number": {"body": with_timestamp("946684800")},
     "start of 2100": {"body": with_timestamp('"4102444800"')},
@@ -638,7 +648,16 @@ NOT_JSON_OBJECTS = [
     *(BODY.decode().encode("utf-16"), b"\xef\xbb\xbf" * 2 + BODY),
     *(b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000),
     *(nested(101, "[]"), nested(101, '{"a":}')),
+    *(valued(10_001, value) for value in ("1", '""', "[ ]")),
+    *(b"{" + rest for rest in (b"}]", b'"a" 1}', b'"a": 1,}', b'"a": }', b"a: 1}", b'"a": 1 2}')),
+    *(b'{"a": "\\x"}', b'{"a": "\x00"}', b'{"a": "\\"}', b'{"a": ' + "\xe9}".encode()),
 ]
+LIMITS = {
+    "nests deeper than 100 levels": [nested(101, "[]"), nested(101, '{"a":}'), b"[" * 9_999],
+    "more than 10,000 values": [valued(10_001, "1"), valued(5_005, '{"a": 1}'), b'{"a",' * 9_999],
+    "delimiter: line 2 column 5 (char 6)": [b'{\n"a" 1}'],
+    "delimiter: line 2.": ['{"\xe9": 1,\n"a" 1}'.encode()],
+}
 WRONG_TOKENS = [TOKEN + " ", "x" * 100_000, "\ud800", "\u0442\u043e\u045c\u0435\u043d", 0, [TOKEN]]
 BAD_TIMESTAMPS = [
     *(
@@ -650,7 +669,8 @@ BAD_TIMESTAMPS = [
         "-" + "1" * 5000,
     ),
     *('"1_693_561_101"', r'" 169\n"', r'"1693561101\n"', '"+169"', '"1e9"', "1e9", "1693561101.0"),
-    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', "true", "[1693561101]"),
+    *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', "true", "1693561101e0"),
+    *("[1693561101]", "1.693561101e9"),
 ]
 # With what the message says.
 TYPE, TOKEN_PLACE = "unsupported_media_type", "top level of the JSON body"
@@ -660,6 +680,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     (TYPE, "Content-Encoding", encoded("gzip", gzip.compress(BODY, mtime=0))),
     (TYPE, "Transfer-Encoding", {"environ_overrides": {"HTTP_TRANSFER_ENCODING": "gzip, chunked"}}),
     *(("invalid_json", "", {"body": body}) for body in NOT_JSON_OBJECTS),
+    *(("invalid_json", why, {"body": body}) for why, bodies in LIMITS.items() for body in bodies),
     *(("token_required", TOKEN_PLACE, {"body": envelope(token=token)}) for token in (None, "")),
     ("token_required", TOKEN_PLACE, {"body": b'{"data": {"token": "x"}}'}),
     ("token_required", TOKEN_PLACE, {"body": b"{}", "headers": {"Authorization": TOKEN}}),
@@ -765,7 +786,75 @@ def test_first_rule_that_is_broken_answers(status: int, code: str, broken: dict[
     assert response.status_code == status
 
 
-# --- Rule 12: the size of the message -------------------------------------------------------------
+# --- The cost of a body ---------------------------------------------------------------------------
+
+
+def filled(start: bytes, unit: bytes, end: bytes = b"") -> bytes:
+    """As large as a body may be, of whole units."""
+    return start + unit * ((2_097_152 - len(start + end)) // len(unit)) + end
+
+
+IN_LIST, END = b'{"data": {"x": [', b"0]}}"
+IN_TEXT = with_data(json.dumps(DATA)[:-1] + ', "x": "')[:-1]
+DENSE = {
+    "nested lists": filled(IN_LIST, b"[" * 98 + b"]" * 98 + b",", END),
+    "empty lists": filled(IN_LIST, b"[],", END),
+    "objects": filled(IN_LIST, b'{"":[]},', END),
+    "numbers": filled(IN_LIST, b"0,", END),
+    "texts": filled(IN_LIST, b'"a\\u0100",', END),
+    "names": b"{" + b",".join(b'"%06x":1' % n for n in range(190_000)) + b"}",
+    "one name": filled(BODY[:-1] + b",", b'"a":1,', b'"a":1}'),
+    "deep lists": filled(b"", b"["),
+    "deep objects": filled(b"", b'{"a":'),
+    "closing brackets": filled(b"{", b"]"),
+    "quotes": filled(b"{", b'"'),
+    "backslashes": filled(b'{"', b"\\"),
+    "white space": filled(b"{", b" \n"),
+    "lines behind": filled(b"{}", b"{}\n"),
+    "digits": filled(b'{"a":1', b"9", b"}"),
+    "fraction": filled(b'{"a":1.', b"9", b"}"),
+    "token": filled(b'{"token": "', b"\\ud800", b'"}'),
+    "code": filled(IN_TEXT, b'[{\\"a\\": 1},', b'"}}'),
+    "accents": filled(IN_TEXT, "\xe9a".encode(), b'"}}'),
+    "accents and escapes": filled(IN_TEXT, '\xe9\\"'.encode(), b'"}}'),
+    "accents and lines": filled(IN_TEXT, "\xe9\n".encode(), b'"}}'),
+    "emoji": filled(IN_TEXT, "\U0001f600".encode(), b'"}}'),
+    "emoji last": filled(IN_TEXT, b"a", '\\n\U0001f600"}}'.encode()),
+    "emoji in texts": filled(b'{"data": [', b'"%b\xf0\x9f\x98\x80",' % (b"a" * 250), b"0]}"),
+}
+
+
+@pytest.mark.parametrize("body", DENSE.values(), ids=DENSE)
+def test_body_of_2_mib_takes_less_than_20_mib_and_no_loop_over_its_parts(
+    service: Service, body: bytes
+) -> None:
+    """Python needs a function call or a line for each part that it handles itself."""
+    steps = 0
+
+    def count(_frame: Any, _event: str, _argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return count
+
+    environ = EnvironBuilder(method="POST", path="/process").get_environ()
+    environ |= {"CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": "application/json"}
+    environ["wsgi.input"] = io.BytesIO(body)
+    # Not counted: the routes, which the first request prepares.
+    service.get("/health")
+    tracemalloc.start()
+    tracer = sys.gettrace()
+    sys.settrace(count)
+    try:
+        run_wsgi_app(service.app, environ)
+    finally:
+        sys.settrace(tracer)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert most < 20 * 2**20
+    assert steps < 100_000
+
+
+# --- The size of the message ----------------------------------------------------------------------
 
 
 def size_of(message: dict[str, Any]) -> int:
@@ -799,7 +888,7 @@ def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
     refusal(queue.service.post(envelope(BIG)), "message_too_large")
 
 
-# --- Rule 13: the queue ---------------------------------------------------------------------------
+# --- The queue ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -817,7 +906,7 @@ def test_queue_that_fails_is_503_until_it_answers(operation: str, answer: Any) -
     assert service.post().get_json()["message_id"] == "later"
 
 
-# --- Rule 14: the unforeseen ----------------------------------------------------------------------
+# --- The unforeseen -------------------------------------------------------------------------------
 
 
 def test_defect_is_500_that_reveals_nothing(service: Service, log_at: LogAt) -> None:

@@ -102,6 +102,13 @@ def test_openapi_explains_the_errors_that_it_shows() -> None:
         assert list(content.get("examples", {})) == codes  # the page shows these names
 
 
+def test_readme_and_openapi_list_the_limits_of_json() -> None:
+    process = OPENAPI["paths"]["/process"]["post"]["requestBody"]["description"]
+    for text in (README, process, *(row[2] for row in table("Errors") if "json" in row[1])):
+        assert f"{app.MAX_JSON_VALUES:,} values" in text
+        assert f"{app.MAX_JSON_DEPTH} levels" in text
+
+
 def test_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((app.PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
     assert {project["version"], OPENAPI["info"]["version"]} == {app.VERSION}

@@ -192,7 +192,7 @@ def test_any_token_but_the_one_is_401(token: Any, has_data: bool) -> None:
 
 
 def is_valid(name: str, value: Any) -> bool:
-    """Rules 10 and 11 of the contract."""
+    """As README says of POST /process."""
     if name != "email_timestream":
         return isinstance(value, str) and has_text(value)
     if isinstance(value, str) and re.fullmatch("[0-9]+", value):

@@ -416,7 +416,7 @@ def test_unusable_variable_stops_the_start_with_a_line(variable: str, value: str
     assert run.stdout == b""
 
 
-def test_gunicorn_has_the_settings_of_the_specification() -> None:
+def test_gunicorn_settings_fit_the_deployment() -> None:
     printed = subprocess.run(
         gunicorn("--print-config"),
         cwd=PROJECT,
