@@ -361,19 +361,25 @@ def request_id_of(offered: str) -> str:
     return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
 
 
-_x_ray_header = re.compile(
-    r"(?:\w+=[\w:.|-]+;)*Root=(1-[0-9a-f]{8}-[0-9a-f]{24})(?:;\w+=[\w:.|-]*)*;?", re.ASCII
-).fullmatch
+_HEX = "[0-9A-Fa-f]"
+_trace_fields = re.compile(
+    rf"(?:^|[;,])\s*+(Root=1-{_HEX}{{8}}-{_HEX}{{24}}|Parent={_HEX}{{16}}|Sampled=[01])"
+    r"(?=\s*+(?:[;,]|$))",
+    re.ASCII,
+).findall
 
 
 def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
-    """The X-Ray header that goes on with the message, and the id of the trace for the log.
+    """The X-Ray header that goes with the message, and the id of the trace for the log.
 
-    The empty text and None when it is not well-formed: SQS would refuse a message with any other.
+    It has the first well-formed Root, Parent and Sampled: the ALB preserves any other field that a
+    client adds, and SQS takes only an X-Ray header. Without a Root: the empty text and None.
     """
-    if 0 < len(x_amzn_trace_id) <= 1024 and (found := _x_ray_header(x_amzn_trace_id)):
-        return x_amzn_trace_id, found[1]
-    return "", None
+    first = {found[0]: found for found in reversed(_trace_fields(x_amzn_trace_id))}
+    if "R" not in first:
+        return "", None
+    header = ";".join(first[initial] for initial in "RPS" if initial in first)
+    return header, first["R"].removeprefix("Root=")
 
 
 def add_request(record: logging.LogRecord) -> bool:
