@@ -189,6 +189,7 @@ def logging_config(level: str) -> dict[str, Any]:
                 "fmt": ["levelname", "name", "message"],
                 "rename_fields": {"levelname": "level", "name": "logger"},
                 "timestamp": "time",
+                "json_serializer": short_json,
             }
         },
         "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
@@ -388,6 +389,36 @@ def add_request(record: logging.LogRecord) -> bool:
         line = g.exchange.line
         vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
     return True
+
+
+# With its end. A pipe takes no more than 4,096 bytes at once: parts of longer lines, from several
+# workers, would mix.
+LOG_LINE_BYTES = 4000
+
+
+def short_json(fields: Any, **options: Any) -> str:
+    """json.dumps for a log line: its longest values are cut until it fits."""
+    line = json.dumps(fields, **options)
+    if len(line) >= LOG_LINE_BYTES:
+        fields, longest = json.loads(line), LOG_LINE_BYTES
+        while len(line) >= LOG_LINE_BYTES and longest > 2:
+            longest = longest * 3 // 4
+            line = json.dumps(shortened(fields, longest))
+    return line
+
+
+def shortened(value: Any, longest: int) -> Any:
+    """The value with the middle of long strings and the ends of long lists cut out."""
+    if isinstance(value, dict):
+        return {name: shortened(item, longest) for name, item in value.items()}
+    if isinstance(value, list):
+        kept, cut = value[: longest // 50], value[longest // 50 :]
+        items = [shortened(item, longest) for item in kept]
+        return [*items, f"[{len(cut)} more]"] if cut else items
+    if isinstance(value, str) and len(value) > longest:
+        half, cut_characters = longest // 2, len(value) - longest
+        return f"{value[:half]} [{cut_characters} characters cut] {value[-half:]}"
+    return value
 
 
 class LogHandler(QueueHandler):

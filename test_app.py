@@ -1502,6 +1502,48 @@ def test_no_log_line_holds_a_token_or_a_field(
     assert "SECRET" not in json.dumps([answer, *logged])
 
 
+def long_traceback() -> Any:
+    error: Exception | None = None
+    for number in range(50):
+        try:
+            raise ValueError(f"{number} /end") from error
+        except ValueError as raised:
+            error = raised
+    return type(error), error, error.__traceback__ if error else None
+
+
+LONG_RECORDS: dict[str, dict[str, Any]] = {
+    "path": {"path": "/" + "x" * 8000 + "/end"},
+    "quotes": {"path": '/"\\' * 3000 + "/end"},
+    "controls": {"path": "\x00\x1b" * 2000 + "/end"},
+    "beyond ASCII": {"path": "\u00e9\U0001f600" * 3000 + "/end"},
+    "lone surrogates": {"path": "\ud800" * 3000 + "/end"},
+    "message": {"msg": "Invalid request from ip=%s", "args": ("x" * 5000 + "/end",)},
+    "several": dict.fromkeys("abcdefghijklmnopqrstuvwxyz", "x" * 700 + "/end"),
+    "ids": {"request_ids": ["x" * 124 + "/end"] * 1000, "messages": 1000},
+    "short ids": {"request_ids": ["/end"] * 10_000},
+    "nested": {"a": {"b": [["x" * 9000 + "/end"]]}},
+    "object": {"cause": ValueError("x" * 9000 + "/end")},
+    "traceback": {"exc_info": long_traceback()},
+}
+
+
+@pytest.mark.parametrize("name", LONG_RECORDS)
+def test_long_log_line_is_cut_visibly_to_what_a_pipe_takes_at_once(
+    log_at: LogAt, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    log_at("INFO")
+    fields = {"msg": "x", "levelno": logging.ERROR, "request_id": "r-1"}
+    record = logging.makeLogRecord(fields | LONG_RECORDS[name])
+    logging.getLogger("gunicorn.error").handle(record)
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert len(line.encode()) <= 4000
+    assert json.loads(line)["request_id"] == "r-1"
+    assert re.search(r"\[\d+ (more|characters cut)\]", line)
+    assert "/end" in line
+
+
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[app.LogHandler, Any]]:
     """A log whose standard output is a pipe with room for a few lines; and the pipe's other end."""
@@ -1518,7 +1560,7 @@ def record(message: str) -> logging.LogRecord:
     return logging.makeLogRecord({"msg": message})
 
 
-LONG = "x" * 4000
+LONG = "x" * 3999
 
 
 def fill(handler: app.LogHandler) -> int:

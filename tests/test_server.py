@@ -292,6 +292,23 @@ def test_every_line_of_output_is_json_without_secrets(start_service: StartServic
         assert secret not in service.output()
 
 
+def test_lines_of_several_workers_do_not_mix_in_a_pipe(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    pipe, path, asked = tmp_path / "pipe", "/" + "x" * 7000, 400
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(8) as pool:
+        reading = pool.submit(pipe.read_bytes)
+        service = start_service(PIPE=str(pipe))
+        service.command = ("sh", "-c", 'exec "$@" >"$PIPE"', "sh", *gunicorn())
+        with service:
+            answers = list(pool.map(lambda _: service.get(path), range(asked)))
+    assert {answer.status for answer in answers} == {404}
+    lines = reading.result().splitlines()
+    assert max(map(len, lines)) < 4000
+    assert sum("characters cut" in json.loads(line).get("path", "") for line in lines) == asked
+
+
 REFUSED = 'email_processor_requests_total{outcome="invalid_json"}'
 ANSWERED = 'email_processor_requests_total{outcome="success"}'
 READ = 'email_processor_token_reads_total{result="success"}'
