@@ -32,6 +32,7 @@ from conftest import (
     gunicorn,
     has_booted,
     kill,
+    metrics_folder,
     post,
     post_head,
     request_head,
@@ -431,6 +432,48 @@ def test_unusable_variable_stops_the_start_with_a_line(variable: str, value: str
     (line,) = run.stderr.decode().splitlines()
     assert variable in line
     assert run.stdout == b""
+
+
+UNUSABLE = {"read-only": "ro", "small": "size=64k", "of somebody else": "mode=700,uid=1"}
+
+
+def with_dev_shm(options: str) -> tuple[str, ...]:
+    """Gunicorn with a /dev/shm of these mount options, as an unprivileged user."""
+    mount = f"mount -t tmpfs -o {options} tmpfs /dev/shm"
+    command = ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs the right to mount: {error}")
+    unprivileged = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    return (*command, *unprivileged, *gunicorn())
+
+
+@pytest.mark.parametrize("options", UNUSABLE.values(), ids=UNUSABLE)
+def test_metrics_go_into_the_temporary_folder_if_dev_shm_cannot_be_used(
+    start_service: StartService, options: str
+) -> None:
+    service = start_service()
+    service.command = with_dev_shm(options)
+    with service:
+        workers = service.workers()
+        assert {service.ask(post(b"{")).status for _ in range(40)} == {400}
+        assert service.metrics()[REFUSED] == 40
+        assert service.workers() == workers
+        assert metrics_folder(workers[0]).parent == service.temporary
+
+
+@pytest.mark.parametrize("options", UNUSABLE.values(), ids=UNUSABLE)
+def test_named_folder_that_cannot_be_used_stops_the_start_with_a_line(options: str) -> None:
+    variables = {"SQS_QUEUE_URL": "http://sqs/queue", "PROMETHEUS_MULTIPROC_DIR": "/dev/shm/x"}
+    command = with_dev_shm(options)
+    run = subprocess.run(
+        command, cwd=PROJECT, env=environment(**variables), capture_output=True, timeout=WAIT
+    )
+    assert run.returncode != 0
+    (line,) = run.stderr.decode().splitlines()
+    assert "PROMETHEUS_MULTIPROC_DIR" in line
+    assert "/dev/shm/x" in line
 
 
 def test_gunicorn_settings_fit_the_deployment() -> None:
