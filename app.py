@@ -1879,11 +1879,22 @@ def serve_without_gunicorn(settings: Settings) -> None:
         server.serve_forever()
 
 
+def print_in_thread(text: str) -> None:
+    """Print without waiting for a reader, also at the exit."""
+
+    def write() -> None:
+        with suppress(OSError, ValueError):  # it is closed
+            os.write(sys.stdout.fileno(), text.encode())
+
+    threading.Thread(target=write, daemon=True).start()
+
+
 def serve_beside_embedded_aws(settings: Settings) -> None:
-    """Run Gunicorn in a child process, until it or this process is stopped."""
+    """Run Gunicorn in a child process, until it or this process ends."""
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopped.append(number))
+    os.environ["STOP_WITH_PROCESS"] = str(os.getpid())
     # In a session of its own: a closing terminal's SIGHUP would make Gunicorn start anew.
     server = subprocess.Popen(
         [sys.executable, "-m", "gunicorn"], cwd=PROJECT, start_new_session=True
@@ -1892,7 +1903,7 @@ def serve_beside_embedded_aws(settings: Settings) -> None:
     while server.poll() is None and not stopped:
         if not explained:
             with suppress(OSError), socket.create_connection(("127.0.0.1", settings.port)):
-                print(explain_embedded_aws(settings), flush=True)
+                print_in_thread(explain_embedded_aws(settings))
                 explained = True
         time.sleep(0.1)
     server.terminate()

@@ -139,8 +139,11 @@ def on_starting(server: Any) -> None:
 
 def when_ready(server: Any) -> None:
     murder, looked, spared = server.murder_workers, [time.monotonic()], [0.0]
+    parent = os.environ.get("STOP_WITH_PROCESS")  # of app.py, with the embedded AWS
 
     def murder_workers() -> None:
+        if parent and os.getppid() != int(parent):
+            os.kill(os.getpid(), signal.SIGINT)
         # Called every second. After a pause the master slept as well, as in a frozen container or a
         # node's live migration: the workers get time to be heard of again.
         now = time.monotonic()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -132,15 +133,17 @@ def test_printed_commands_show_a_message_in_the_queue(service: LocalServer) -> N
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "whole_group"),
+    ("signal_number", "whole_group", "status"),
     [
-        pytest.param(signal.SIGINT, True, id="ctrl-c"),
-        pytest.param(signal.SIGTERM, False, id="terminated", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, True, id="terminal-closed", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, 0, id="ctrl-c"),
+        pytest.param(signal.SIGKILL, False, -signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, False, 0, id="terminated", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, True, 0, id="terminal-closed", marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, True, -signal.SIGQUIT, id="quit", marks=pytest.mark.slow),
     ],
 )
 def test_stopped_local_server_leaves_nothing_behind(
-    tmp_path: Path, signal_number: signal.Signals, whole_group: bool
+    tmp_path: Path, signal_number: signal.Signals, whole_group: bool, status: int
 ) -> None:
     with LocalServer(tmp_path) as server:
         (emulator_port,) = set(map(int, re.findall(r"http://127\.0\.0\.1:(\d+)", server.output())))
@@ -150,13 +153,30 @@ def test_stopped_local_server_leaves_nothing_behind(
         assert metrics.is_dir()
         send = os.killpg if whole_group else os.kill
         send(server.process.pid, signal_number)
-        assert server.process.wait(timeout=WAIT) == 0
-    assert not [pid for pid in processes if Path(f"/proc/{pid}").exists()]
+        assert server.process.wait(timeout=WAIT) == status
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
     assert not is_listening(server.port)
     assert not is_listening(emulator_port)
     assert {path.name for path in server.temporary.iterdir()} == {"stdout", "stderr"}
     assert not metrics.exists()
     assert "Traceback" not in server.output()
+
+
+def test_local_server_stops_though_nobody_reads_its_output(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x")
+    server = LocalServer(tmp_path)
+    server.command = ["sh", "-c", f'exec "$@" >"{pipe}"', "sh", *server.command]
+    Service.__enter__(server)  # without its output
+    server.stop()
+    assert server.process.returncode == 0
+    os.close(reader)
+    os.close(writer)
 
 
 # --- test.sh --------------------------------------------------------------------------------------
