@@ -656,7 +656,7 @@ LIMITS = {
     "nests deeper than 100 levels": [nested(101, "[]"), nested(101, '{"a":}'), b"[" * 9_999],
     "more than 10,000 values": [valued(10_001, "1"), valued(5_005, '{"a": 1}'), b'{"a",' * 9_999],
     "delimiter: line 2 column 5 (char 6)": [b'{\n"a" 1}'],
-    "delimiter: line 2.": ['{"\xe9": 1,\n"a" 1}'.encode()],
+    "delimiter: line 2 column 5 (char 13)": ['{"\xe9": 1,\n"a" 1}'.encode()],
 }
 WRONG_TOKENS = [TOKEN + " ", "x" * 100_000, "\ud800", "\u0442\u043e\u045c\u0435\u043d", 0, [TOKEN]]
 BAD_TIMESTAMPS = [
@@ -814,11 +814,13 @@ DENSE = {
     "digits": filled(b'{"a":1', b"9", b"}"),
     "fraction": filled(b'{"a":1.', b"9", b"}"),
     "token": filled(b'{"token": "', b"\\ud800", b'"}'),
+    "invisible": filled(IN_TEXT.replace(b"John doe", b"") + b'","email_sender":"', b" \\n", b'"}}'),
     "code": filled(IN_TEXT, b'[{\\"a\\": 1},', b'"}}'),
     "accents": filled(IN_TEXT, "\xe9a".encode(), b'"}}'),
     "accents and escapes": filled(IN_TEXT, '\xe9\\"'.encode(), b'"}}'),
     "accents and lines": filled(IN_TEXT, "\xe9\n".encode(), b'"}}'),
     "emoji": filled(IN_TEXT, "\U0001f600".encode(), b'"}}'),
+    "emoji escaped last": filled(IN_TEXT + "\u0100".encode(), b"a", rb'\n\ud83d\ude00"}}'),
     "emoji last": filled(IN_TEXT, b"a", '\\n\U0001f600"}}'.encode()),
     "emoji in texts": filled(b'{"data": [', b'"%b\xf0\x9f\x98\x80",' % (b"a" * 250), b"0]}"),
 }
