@@ -129,7 +129,8 @@ def _number(default: float, unit: str, low: int, high: int) -> Any:
 def _parameter_names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     # GetParameters takes ten in one call.
-    if len(names) > 10 or not all(re.fullmatch(r"[\w./:-]+", name, re.ASCII) for name in names):
+    # Besides a parameter's own characters, those of a secret that the name refers to.
+    if len(names) > 10 or not all(re.fullmatch(r"[\w./:+=@-]+", n, re.ASCII) for n in names):
         raise ValueError
     return names
 
@@ -658,14 +659,26 @@ def ascii_json(text: str) -> str:
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
+def is_space(character: str) -> bool:
+    """Whether it is white space, a control or a format character (such as U+200B and U+FEFF)."""
+    return character.isspace() or unicodedata.category(character) in ("Cc", "Cf")
+
+
+# Further letters and marks without a shape: Unicode's Default_Ignorable_Code_Point, of
+# DerivedCoreProperties.txt 17.0, and the blank Braille pattern.
+_is_blank = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f"
+    "\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+).match
+
+
 def is_visible(character: str) -> bool:
-    """Whether it is no white space, control or format character (such as U+200B and U+FEFF)."""
-    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+    return not is_space(character) and not _is_blank(character)
 
 
-def visible_part(text: str) -> str:
-    """From the first visible character to the last."""
-    at = [index for index, character in enumerate(text) if is_visible(character)]
+def without_space(text: str) -> str:
+    """From the first character that is no space to the last."""
+    at = [index for index, character in enumerate(text) if not is_space(character)]
     return text[at[0] : at[-1] + 1] if at else ""
 
 
@@ -1013,6 +1026,7 @@ class TokenStore:
         self._read_in_progress: Future[None] | None = None
         self.ready = False  # a token was read at least once
         self.problem: str | None = None  # why the last read failed
+        self.reason = "SSM has not responded yet"  # why there is no token
 
     def accepts(self, token: str) -> str | None:
         """The name of the parameter that holds the token, as configured; None if there is none.
@@ -1065,7 +1079,7 @@ class TokenStore:
                 for token in self._tokens_of(parameter)
             ]
         except Exception as error:  # a garbled answer makes botocore raise almost anything
-            self.problem = f"ssm:GetParameters failed: {cause_of(error)}"
+            self.problem = self.reason = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
             instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
@@ -1073,6 +1087,12 @@ class TokenStore:
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
+        empty = [name for name in self._names if name not in missing]
+        self.reason = "; ".join(
+            f"{text} {', '.join(names)}"
+            for text, names in (("SSM does not have", missing), ("there is no token in", empty))
+            if names
+        )
         TOKEN_READ_TIMESTAMP.set_to_current_time()
         # In the configured order, which decides when parameters hold the same token.
         self._tokens = tuple(
@@ -1101,12 +1121,15 @@ class TokenStore:
         """A parameter's tokens. What its owner may not have meant is logged once, without them."""
         kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
         values = value.split(",") if kind == "StringList" else [value]
-        tokens = [visible_part(value) for value in values]
+        tokens = [without_space(value) for value in values]
         problems = {
             f"is a {kind}, which is not encrypted; make it a SecureString": kind != "SecureString",
             "has white space around its value, which is ignored": tokens != values,
             "has quotes around its value, which are part of the token": any(
                 re.fullmatch(r"(['\"]).*\1", token) for token in tokens
+            ),
+            "has JSON in it; the whole text is the token": re.fullmatch(
+                r"\s*(\{.*\}|\[.*\])\s*", value, re.DOTALL
             ),
             "has no token in it": not all(tokens),
         }
@@ -1698,8 +1721,9 @@ class Service(Flask):
         self.warm_up()
         missing = {}
         if not self.tokens.ready:
-            reason = self.tokens.problem or "SSM has no parameter of the configured name"
-            missing["token_store_unavailable"] = f"The token has not been read yet: {reason}"
+            missing["token_store_unavailable"] = (
+                f"The token has not been read yet: {self.tokens.reason}"
+            )
         if not self.publisher.max_message_bytes:
             reason = self.publisher.problem or "sqs:GetQueueAttributes is in progress"
             missing["queue_unavailable"] = f"The queue has not been reached yet: {reason}"

@@ -128,6 +128,10 @@ NO_CODE = ClientError({}, "Operation")
 NO_PARAMETER = {"Parameters": [], "InvalidParameters": [PARAMETER]}
 
 
+def stored(value: str, kind: str = "SecureString") -> dict[str, Any]:
+    return {"Parameters": [{"Name": PARAMETER, "Type": kind, "Value": value}]}
+
+
 def forget_aws(patch: pytest.MonkeyPatch) -> None:
     """Nothing of the caller's own AWS configuration counts."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -331,11 +335,13 @@ def test_health_is_200_while_aws_is_down() -> None:
     ("ssm", "attributes", "named", "unnamed"),
     [
         (DENIED, None, ["ssm:GetParameters", "AccessDeniedException"], "queue"),
-        (NO_PARAMETER, None, ["parameter"], "queue"),
+        (NO_PARAMETER, None, [f"SSM does not have {PARAMETER}"], "no token"),
+        (stored(" \n\u200b"), None, [f"there is no token in {PARAMETER}"], "does not have"),
+        (stored(",, ,", "StringList"), None, [f"there is no token in {PARAMETER}"], "does not"),
         (None, DENIED, ["sqs:GetQueueAttributes", "AccessDeniedException"], "token"),
         (DOWN, DOWN, ["ssm:GetParameters", "sqs:GetQueueAttributes"], "success"),
     ],
-    ids=["token", "parameter", "queue", "both"],
+    ids=["token", "parameter", "white space", "commas", "queue", "both"],
 )
 def test_not_ready_is_503_that_names_what_is_missing(
     ssm: Any, attributes: Any, named: list[str], unnamed: str
@@ -345,6 +351,12 @@ def test_not_ready_is_503_that_names_what_is_missing(
     message = refusal(response, code)["message"]
     assert all(word in message for word in named)
     assert unnamed not in message.lower()
+
+
+def test_not_ready_names_the_parameter_that_is_missing_and_the_one_that_is_empty() -> None:
+    service = Service(Ssm(**{"/empty": " "}), token_ssm_parameter=("/gone", "/empty"))
+    message = refusal(service.get("/ready"), "token_store_unavailable")["message"]
+    assert message.endswith("SSM does not have /gone; there is no token in /empty")
 
 
 def test_ready_turns_200_when_what_was_missing_is_there() -> None:
@@ -627,6 +639,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "10,000 values with names": {"body": valued(5_004, '{"a,": 1}')},
     "10,000 empty values": {"body": valued(10_000, "[ ]").replace(b"[ ], [ ]", b"{}, { }")},
     "code in a text": {"body": envelope({**DATA, "email_content": '[{"a": [1, "\\\\"]},' * 9_000})},
+    # The neighbours of INVISIBLE, and some that are easily taken for empty.
+    **{
+        f"{letter!a} alone": {"body": envelope({**DATA, "email_subject": letter})}
+        for letter in "\u0301\u115e\u1161\u17b3\u17b6\u180a\u1810\u2801\u3163\ufdff\ufe10\uffa1-"
+    },
     "start of 2000": {"body": with_timestamp('"946684800"')},
     "start of 2000, a number": {"body": with_timestamp("946684800")},
     "start of 2100": {"body": with_timestamp('"4102444800"')},
@@ -707,6 +724,12 @@ def test_request_that_breaks_a_rule_is_refused(
         assert "errors" not in answer
 
 
+# Of each kind and range: white space, controls, format characters, default-ignorable code points
+# (Hangul and Khmer fillers, joiners, selectors, tags, reserved ones), the blank Braille pattern.
+INVISIBLE = (
+    "\u2028\u2029\u1680\x1c\x7f\xad\u061c\u0600\ufff9\u034f\u115f\u1160\u17b4\u17b5\u180b\u180e\u180f"
+    "\u2065\u2800\u3164\ufe00\ufe0f\uffa0\ufff0\ufff8\U0001bca0\U0001d173\U000e0000\U000e0100\U000e0fff"
+)
 ABSENT = object()
 BAD_FIELDS = [
     ("email_subject", ABSENT, "missing"),
@@ -717,6 +740,7 @@ BAD_FIELDS = [
     ("email_content", "\t\r\n \u00a0\u2003\u3000", "empty"),
     ("email_subject", " \u2060\x00\u202e\x85 \u200b\ufeff", "empty"),
     ("email_content", "\u200d" * 300_000, "empty"),
+    *(("email_subject", character, "empty") for character in INVISIBLE),
     ("email_sender", 0, "not a string"),
     ("email_sender", ["a"], "not a string"),
 ]
@@ -976,6 +1000,15 @@ def test_mismatch_causes_one_read_every_five_seconds(cached: Service) -> None:
         assert cached.ssm.reads == reads
 
 
+def test_short_cache_is_read_as_often_as_it_says() -> None:
+    service = holding("old", token_cache_seconds=1)
+    assert service.accepts("old")
+    for passed, reads in ((0.5, 1), (0.5, 2), (0.5, 2), (0.5, 3)):
+        service.clock.now += passed
+        assert not service.accepts("guess")
+        assert service.ssm.reads == reads
+
+
 @pytest.mark.parametrize("passed", [5, 60])
 def test_rotated_token_ends_the_old_one(cached: Service, passed: float) -> None:
     cached.ssm.values, before = {"/old": "new"}, cached.metrics()
@@ -1039,6 +1072,11 @@ STORED = [
     ("SecureString", "\ufeffs3cr3t \r\n", ["s3cr3t"], "white space"),
     ("SecureString", "'s3cr3t'\n", ["'s3cr3t'"], "quotes"),
     ("SecureString", " \n", [], "no token"),
+    ("String", "\u2764\ufe0f", ["\u2764\ufe0f"], "not encrypted"),
+    ("SecureString", '{"token": "s3cr3t"}', ['{"token": "s3cr3t"}'], "JSON"),
+    ("SecureString", '{\n "a": "s3cr3t"\n}\n', ['{\n "a": "s3cr3t"\n}'], "JSON"),
+    ("SecureString", '["s3cr3t"]', ['["s3cr3t"]'], "JSON"),
+    ("StringList", '{"a": "s3cr3t", "b": 1}', ['"b": 1}'], "JSON"),
     ("String", "s3cr3t", ["s3cr3t"], "not encrypted"),
     ("StringList", "a, b\n", ["a", "b"], "not encrypted"),
 ]
@@ -1344,6 +1382,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
 
 
 ARN = "arn:aws:ssm:us-west-1:123456789012:parameter/a"
+SECRET = "/aws/reference/secretsmanager/a/b_c+d=e.f@g-h"
 TEN_NAMES = ",".join(f"/{n}" for n in range(10))
 
 
@@ -1355,6 +1394,7 @@ TEN_NAMES = ",".join(f"/{n}" for n in range(10))
         ("AWS_REGION", "", "us-west-1"),
         ("TOKEN_SSM_PARAMETER", "/a/b.c_d-e, /f ,g,/f", ("/a/b.c_d-e", "/f", "g")),
         ("TOKEN_SSM_PARAMETER", ARN, (ARN,)),
+        ("TOKEN_SSM_PARAMETER", SECRET, (SECRET,)),
         ("TOKEN_SSM_PARAMETER", TEN_NAMES, tuple(TEN_NAMES.split(","))),
         ("PORT", " 65535 ", 65535),
         ("BODY_TIMEOUT_SECONDS", "1.5", 1.5),
