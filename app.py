@@ -21,12 +21,14 @@ import queue
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 from base64 import b64encode
 from collections import deque
@@ -39,11 +41,13 @@ from importlib.resources import files
 from importlib.util import find_spec
 from itertools import accumulate
 from json.encoder import encode_basestring_ascii
+from json import JSONDecodeError
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
 import boto3
+import botocore.credentials
 import botocore.loaders
 import botocore.session
 import certifi
@@ -52,7 +56,6 @@ import pycurl
 import yaml
 from botocore.awsrequest import HeadersDict
 from botocore.config import Config
-from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -60,6 +63,7 @@ from botocore.exceptions import (
     ConnectTimeoutError,
     CredentialRetrievalError,
     EndpointConnectionError,
+    HTTPClientError,
     NoCredentialsError,
     ProxyConnectionError,
     ReadTimeoutError,
@@ -728,7 +732,6 @@ CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
 CURL_ERRORS: dict[int, type[BotoCoreError]] = {
     pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
     pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
-    pycurl.E_COULDNT_RESOLVE_PROXY: ProxyConnectionError,
     pycurl.E_SSL_CONNECT_ERROR: SSLError,
     pycurl.E_PEER_FAILED_VERIFICATION: SSLError,
     pycurl.E_SSL_CACERT_BADFILE: SSLError,
@@ -739,23 +742,49 @@ _is_passing = re.compile(
     "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
 ).search
 
+# A URL's user name and password, and output of servers and commands that are not AWS's.
+_secrets = re.compile(
+    "(?<=//).*@|(?<=Invalid endpoint: ).*@|(?<=from container metadata): .*|(?<=version) '.*'"
+)
+# Their texts quote names, types and positions, never a value; other ValueErrors may quote any.
+HARMLESS = (AttributeError, KeyError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
+_is_harmless = re.compile("Auth token value|Invalid endpoint|No closing|Unsupported host").match
+
+
+def proxy_of(url: str) -> str:
+    """The proxy that boto3 takes for the URL, or an empty text."""
+    proxy = str(get_environ_proxies(url).get(url.partition(":")[0], ""))
+    return f"http://{proxy}" if proxy and "//" not in proxy else proxy
+
 
 def cause_of(error: Exception) -> str:
-    """AWS's error code, or the type of a failure on the way there."""
+    """AWS's error code, or the text of a failure on the way there."""
     if isinstance(error, ClientError):
         return str(error.response.get("Error", {}).get("Code", "Unknown"))
-    return type(error).__name__
+    return detail_of(error)
 
 
-def detail_of(error: Exception) -> str:
-    """The cause for the log: the first line of AWS's text, which names principal and resource, or
-    of the operating system's, which names the file.
-
-    Further lines of AWS may quote the request with its session token, and the text of any other
-    exception the answer that could not be read.
+def detail_of(error: Any) -> str:
+    """The cause for the log, without secrets: the text of AWS, botocore, the operating system or
+    Python. If it may quote a secret, the type of the error and the function that raised it.
     """
-    harmless = isinstance(error, ClientError | BotoCoreError | OSError)
-    return str(error).partition("\n")[0] if harmless else cause_of(error)
+    if isinstance(error, ClientError):  # the next lines may quote the request with its token
+        return str(error).partition("\n")[0]
+    if type(error) is HTTPClientError:  # any other error, wrapped
+        error = error.kwargs["error"]
+    name, text = type(error).__name__, _secrets.sub("", " ".join(str(error).split()))
+    known = getattr(error, "kwargs", {})
+    # botocore does not distinguish a proxy that closes or hangs from the endpoint behind it.
+    if proxy := "proxy_url" not in known and proxy_of(known.get("endpoint_url", "")):
+        text += f' through proxy URL: "{_secrets.sub("", proxy)}"'
+    if found := re.search(r"Tunnel connection failed: [\w ]+", str(known.get("error"))):
+        text += f" {found[0]}"
+    if isinstance(error, OSError | BotoCoreError):
+        return text
+    if isinstance(error, HARMLESS) or _is_harmless(text):
+        return f"{name}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{name} in {frames[-1].name}" if frames else name
 
 
 def is_temporary(error: Exception) -> bool:
@@ -766,69 +795,123 @@ def is_temporary(error: Exception) -> bool:
     return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
 
 
-def aws_session() -> botocore.session.Session:
-    """A session with short time-outs for its own call: a role's credentials come from STS."""
+class CredentialProcess(subprocess.Popen[bytes]):
+    """A profile's credential_process.
+
+    On Linux it ends, children included, with this process or after a minute. botocore would wait
+    without a limit, and show its error output, which may hold secrets.
+    """
+
+    LIMIT = "setpriv --pdeathsig TERM timeout --kill-after 1 60"
+
+    def __init__(self, command: list[str], **given: Any) -> None:
+        if shutil.which("setpriv") and shutil.which(command[0]):  # else the error names the file
+            command = [*self.LIMIT.split(), *command]
+        super().__init__(command, **given, stdin=subprocess.DEVNULL)
+
+    def communicate(self, *given: Any) -> tuple[bytes, bytes]:
+        output = super().communicate(*given)
+        if self.returncode:
+            text = f"status {self.returncode} (124: no end within 60 s); its errors are not shown"
+            raise CredentialRetrievalError(provider="credential_process", error_msg=text)
+        return output
+
+
+def refuse_mfa(_: str) -> NoReturn:
+    text = "the profile has an mfa_serial, and a service cannot enter a code"
+    raise CredentialRetrievalError(provider="assume-role", error_msg=text)
+
+
+# botocore has no setting for these parameters of its providers.
+botocore.credentials.ProcessProvider = functools.partial(
+    botocore.credentials.ProcessProvider, popen=CredentialProcess
+)
+botocore.credentials.AssumeRoleProvider = functools.partial(
+    botocore.credentials.AssumeRoleProvider, prompter=refuse_mfa
+)
+
+
+def aws_session(region: str) -> botocore.session.Session:
+    """A session with short timeouts for its own calls: a role's credentials come from STS.
+
+    Without the region it would read AWS_DEFAULT_REGION alone, which EKS does not set beside
+    AWS_REGION, and ask the global STS.
+    """
     session = botocore.session.get_session()
+    session.set_config_variable("region", region)
     session.set_default_client_config(
         Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
     )
     return session
 
 
-class Credentials:
-    """AWS credentials as boto3 finds them: environment, files, or a role through STS.
+# AWS's codes for credentials that it does not accept, in the spellings of SSM, SQS and STS.
+_is_about_credentials = re.compile("Token|Signature|UnrecognizedClient|AccessKeyId").search
+_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for what is no text
 
-    One daemon thread looks for them and renews them. So no request waits for a file or for STS, but
-    for the first ones, and for these at most WAIT_SECONDS. Those that appear, or are mended, after
-    the start are found by its next look.
+
+class Credentials:
+    """AWS credentials as boto3 finds them: environment, files, a command, or a role through STS.
+
+    Any of these can hang, so a daemon thread finds and renews them. A call waits for the first ones
+    only, and at most WAIT_SECONDS. Known ones stay in use while their renewal is in progress or
+    fails. Others are searched for when AWS rejects the known ones, and while there are none.
     """
 
     WAIT_SECONDS = 2.0
-    LOOK_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
+    SEARCH_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
 
-    def __init__(self) -> None:
+    def __init__(self, region: str, pause: Callable[[float], None] = time.sleep) -> None:
+        self._region, self._pause = region, pause
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._looked = threading.Event()
+        self._searched = threading.Event()
         self._found: Any = None
+        self._rejected: Any = None
         self._problem: Exception = CredentialRetrievalError(
             provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
         )
 
     def frozen(self) -> Any:
         """Access key, secret key and session token. Raises what boto3 raised."""
-        if self._thread is None:  # not before the fork: a thread would stay behind in the master
-            with self._lock:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._keep, daemon=True)
-                    self._thread.start()
-        if not self._looked.wait(self.WAIT_SECONDS):
-            self._looked.set()  # nobody else waits
+        with self._lock:
+            if self._thread is None:  # not before the fork: it would stay behind in the master
+                self._thread = threading.Thread(target=self._keep, daemon=True)
+                self._thread.start()
+        if not self._searched.wait(self.WAIT_SECONDS):
+            self._searched.set()  # later calls do not wait
         if self._found is None:
             raise self._problem.with_traceback(None)  # else it would grow with each request
         return self._found
+
+    def reject(self, frozen: Any) -> None:
+        """Search for others: AWS does not accept these."""
+        self._rejected = frozen
 
     def _keep(self) -> None:
         source = None
         while True:
             try:
-                # A file may have changed. Only a role's credentials are asked for again.
-                if not isinstance(source, RefreshableCredentials):
-                    source = aws_session().get_credentials()
+                if source is None or self._rejected == self._found:
+                    self._rejected = None
+                    source = aws_session(self._region).get_credentials()
                 if source is None:
                     raise NoCredentialsError
-                self._found = source.get_frozen_credentials()
-            except Exception as error:  # a file or an answer of STS may be garbled in any way
-                if isinstance(error, UnicodeDecodeError):
-                    file = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE", "a file")
-                    error = CredentialRetrievalError(provider=file, error_msg="it is not UTF-8")
+                found = source.get_frozen_credentials()
+                if not all(map(_is_key, (found.access_key, found.secret_key, found.token or "-"))):
+                    text = "a key is empty, or has a space, a line end or a character beyond ASCII"
+                    raise CredentialRetrievalError(provider=source.method, error_msg=text)
+                self._found = found
+            except Exception as error:  # a file or a response of STS may be malformed in any way
+                source = None  # a file may be corrected
+                named = isinstance(error, BotoCoreError | ClientError | OSError)
+                if not named or type(error) is HTTPClientError:
+                    error = CredentialRetrievalError(provider="boto3", error_msg=detail_of(error))
                 self._problem = error
-                if self._found:  # they count until AWS refuses them
+                if self._found:
                     log.warning("credentials not renewed", extra={"cause": detail_of(error)})
-            self._looked.set()
-            if getattr(source, "method", "") == "env":
-                return  # a process's environment stays
-            time.sleep(self.LOOK_SECONDS)
+            self._searched.set()
+            self._pause(self.SEARCH_SECONDS)
 
 
 class AwsClient:
@@ -846,14 +929,15 @@ class AwsClient:
     def __init__(
         self, service: str, region: str, credentials: Credentials, seconds: float = 3
     ) -> None:
-        session = aws_session()
+        session = aws_session(region)
         # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
         # looks for none.
         keys = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
         try:
             meta = boto3.Session(botocore_session=session).client(service, region, **keys).meta
         except (BotoCoreError, ValueError) as error:  # AWS's own variables and files
-            raise SettingsError(f"The AWS configuration is unusable: {error}") from None
+            detail = _secrets.sub("", str(error))
+            raise SettingsError(f"The AWS configuration is unusable: {detail}") from None
         # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
         # sent.
         self.url = meta.endpoint_url.rstrip("/") + "/"
@@ -873,6 +957,8 @@ class AwsClient:
             or os.environ.get("REQUESTS_CA_BUNDLE")
             or certifi.where()
         )
+        # libcurl reads other variables, and reads them otherwise, than boto3.
+        self._proxy = proxy_of(self.url)
         self._options = {
             pycurl.URL: self.url,
             pycurl.POST: 1,
@@ -886,8 +972,7 @@ class AwsClient:
             pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
             pycurl.CAINFO: authorities,
             pycurl.PROXY_CAINFO: authorities,
-            # libcurl reads other variables, and reads them otherwise, than boto3.
-            pycurl.PROXY: get_environ_proxies(self.url).get(self.url.partition(":")[0], ""),
+            pycurl.PROXY: self._proxy,
             pycurl.NOPROXY: "",
             CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
             # Else a handle that is dropped waits for a look-up that hangs.
@@ -947,7 +1032,8 @@ class AwsClient:
             # On a busy machine the time may be over when libcurl looks, although all is here.
             size = sum(map(len, parts))
             if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T) != size:
-                raise self._failure(error, sent=sends[0] > 0) from None
+                tunnel = curl.getinfo(pycurl.HTTP_CONNECTCODE) // 100 == 2
+                raise self._failure(error, sends[0] > 0, tunnel) from None
         finally:
             status = curl.getinfo(pycurl.RESPONSE_CODE)
             # After an error too: libcurl mends the handle by itself, and to drop it may block.
@@ -955,13 +1041,19 @@ class AwsClient:
         answer = b"".join(parts)
         if status < 300:
             return json.loads(answer)  # type: ignore[no-any-return]
+        if status == 407:  # without TLS there is no tunnel
+            refused = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
+            raise self._failure(refused, sent=False, tunnel=False)
         lines = (line.decode("latin-1").partition(":") for line in head)
         refusal = {
             "status_code": status,
             "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
             "body": answer,
         }
-        raise ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+        failure = ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+        if _is_about_credentials(cause_of(failure)):
+            self._credentials.reject(credentials)
+        raise failure
 
     def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
         curl, sends = pycurl.Curl(), [0]
@@ -977,13 +1069,15 @@ class AwsClient:
         curl.setopt(pycurl.PREREQFUNCTION, before_sending)
         return curl, sends
 
-    def _failure(self, error: pycurl.error, sent: bool) -> Exception:
+    def _failure(self, error: pycurl.error, sent: bool, tunnel: bool) -> Exception:
         code, text = error.args[:2]
         kind = CURL_ERRORS.get(code, ConnectionClosedError)
         if code == pycurl.E_OPERATION_TIMEDOUT:
             kind = ReadTimeoutError if sent else ConnectTimeoutError
-        failure: Exception = kind(endpoint_url=self.url, proxy_url="", error="")
-        failure.args = (f"{failure} {text}",)
+        shown = ProxyConnectionError if self._proxy and not sent and not tunnel else kind
+        names = {"endpoint_url": self.url, "proxy_url": self._proxy, "error": ""}
+        failure: Exception = (kind if kind in TIMEOUTS else shown)(**names)
+        failure.args = (f"{shown(**names)} {text}",)
         return failure
 
 
@@ -1804,7 +1898,7 @@ def create_app(
     settings = settings or Settings.from_environ(os.environ)
     # Of reads of token and queue beside the calls that publish.
     executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
-    credentials = Credentials()
+    credentials = Credentials(settings.aws_region)
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
     probe = sqs  # whoever brings a client decides how long its calls take
     if sqs is None:

@@ -92,6 +92,7 @@ worker_tmp_dir = memory  # of the heartbeat
 control_socket_disable = True
 accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
+logging.captureWarnings(True)  # every line is JSON
 # As much as each header may have.
 limit_request_line = 8190
 # No header of a proxy changes path or scheme. With "*" Gunicorn need not parse the peer's address.

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import socket
 import ssl
 import subprocess
@@ -28,12 +29,13 @@ import pytest
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ProxyConnectionError, SSLError
 from conftest import BODY, DATA, PARAMETER, PROJECT, NameServer, environment, eventually
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fake_aws import REGION, FakeAws
+from test_runbook import row_of
 
 import app
 
@@ -52,6 +54,9 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    # Each search ends within its test, and no other follows.
+    monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
+    monkeypatch.setattr(app.Credentials, "SEARCH_SECONDS", 1e6)
 
 
 @dataclass
@@ -69,14 +74,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.requests.append(Request(self.client_address, self.path, self.headers, body))
-        self.send_response(200)
-        self.send_header("Content-Length", "17")
+        status, answer = self.server.status, b'{"MessageId":"m"}'
+        if f"Credential={self.server.rejected[0]}/" in self.headers["Authorization"]:
+            status, answer = 403, b'{"__type": "%b"}' % self.server.rejected[1].encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(b'{"MessageId":"m"}')
+        self.wfile.write(answer)
 
     def do_CONNECT(self) -> None:
         """Of a proxy, which itself plays the endpoint behind it."""
         self.server.requests.append(Request(self.client_address, self.path, self.headers))
+        if self.server.status != 200:
+            self.send_error(self.server.status)
+            return
         self.send_response(200)
         self.end_headers()
         self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
@@ -97,6 +108,7 @@ class Endpoint(http.server.ThreadingHTTPServer):
     def __init__(self, certificate: Path | None = None, is_proxy: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[Request] = []
+        self.status, self.rejected = 200, ("", "")  # an access key, and the error that it gets
         if certificate:
             self.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             self.tls.load_cert_chain(certificate)
@@ -135,7 +147,7 @@ def fake(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> FakeAws:
 
 
 def client(service: str = "sqs", seconds: float = LONG) -> app.AwsClient:
-    return app.AwsClient(service, REGION, app.Credentials(), seconds)
+    return app.AwsClient(service, REGION, app.Credentials(REGION), seconds)
 
 
 def send(sqs: Any, queue_url: str = "http://sqs/000000000000/dev-CP-queue") -> Any:
@@ -148,9 +160,13 @@ def failure(call: Callable[[], Any]) -> Exception:
     return caught.value
 
 
+def kind_of(error: Exception) -> str:
+    return app.cause_of(error) if isinstance(error, ClientError) else type(error).__name__
+
+
 def cause(sqs: Any) -> str:
-    """Why sending fails."""
-    return app.cause_of(failure(lambda: send(sqs)))
+    """The kind of failure of sending."""
+    return kind_of(failure(lambda: send(sqs)))
 
 
 def theirs(service: str, region: str = REGION) -> Any:
@@ -234,7 +250,7 @@ def test_endpoint_is_the_one_that_boto3_calls(
     boto.meta.events.register("before-send", before_send)
     failure(getattr(boto, method))
     boto.close()
-    assert app.AwsClient(service, "us-west-2", app.Credentials()).url == asked[0]
+    assert app.AwsClient(service, "us-west-2", app.Credentials(REGION)).url == asked[0]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +352,76 @@ def test_call_over_tls_goes_through_the_proxy(
         assert [r.path for r in proxy.requests] == ["localhost:8", "/"]
 
 
+def credentials_of(caller: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys, for a call of the service's; or a role, for botocore's call of STS."""
+    if caller == "STS":
+        (folder / "identity").write_text("of the service account")
+        for name, value in webhook(folder / "identity").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+
+
+@pytest.mark.parametrize("caller", ["service", "STS"])
+@pytest.mark.parametrize("status", [403, 407, 502])
+def test_proxy_that_refuses_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller: str, status: int
+) -> None:
+    credentials_of(caller, tmp_path, monkeypatch)
+    with Endpoint() as proxy:
+        proxy.status, address = status, f"127.0.0.1:{proxy.server_port}"
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:s3cr3t@{address}")
+        error = failure(lambda: send(client()))
+    assert isinstance(error, ProxyConnectionError)
+    detail = app.detail_of(error)
+    assert f'proxy URL: "http://{address}"' in detail
+    assert str(status) in detail
+    assert "s3cr3t" not in detail
+    assert row_of(detail) == row_of("proxy URL")
+
+
+def test_proxy_that_refuses_a_call_without_tls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://aws.test")
+    with Endpoint() as proxy:
+        proxy.status = 407
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        assert cause(client()) == "ProxyConnectionError"
+
+
+@pytest.mark.parametrize("caller", ["service", "STS"])
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://user:s3cr3t@127.0.0.1:9",
+        "user:s3cr3t@127.0.0.1:9",
+        "http://user:s3cr3t@proxy.invalid:3128",
+        "https://user:s3cr3t@localhost:PORT",  # TLS that is not trusted
+        "http://user:s3cr3t@localhost:PORT",  # closes the connection
+        "http://user:/s3cr3t@localhost:9",
+        "http://user:s3c r3t@localhost:9",
+    ],
+)
+def test_proxy_that_fails_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller: str, proxy: str
+) -> None:
+    credentials_of(caller, tmp_path, monkeypatch)
+    with Endpoint(make_certificate(tmp_path)) as endpoint:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.replace("PORT", str(endpoint.server_port)))
+        detail = app.detail_of(failure(lambda: send(client())))
+    assert row_of(detail) == row_of("proxy URL")
+    assert "r3t" not in detail
+
+
+def test_failure_behind_a_proxy_is_not_the_proxys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://localhost:8")
+    with Endpoint(make_certificate(tmp_path), is_proxy=True) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_port}")
+        error = failure(lambda: send(client()))
+    assert isinstance(error, SSLError)
+    assert "proxy" not in app.detail_of(error)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 
@@ -413,7 +499,7 @@ def test_throttling_in_any_spelling_is_temporary(code: str, status: int, tempora
 def test_answer_that_is_none_has_its_cause(fake: FakeAws, kind: str, name: str) -> None:
     fake.set(faults={"*": {"kind": kind}})
     error = failure(lambda: send(client()))
-    assert app.cause_of(error) == name
+    assert kind_of(error) == name
     assert app.is_temporary(error)
 
 
@@ -434,7 +520,7 @@ def test_what_cannot_be_reached_is_named(
     for variable, value in {"AWS_ENDPOINT_URL": "http://aws.test", **variables}.items():
         monkeypatch.setenv(variable, value)
     error = failure(lambda: send(client()))
-    assert app.cause_of(error) == name
+    assert kind_of(error) == name
     assert words in app.detail_of(error)
 
 
@@ -446,7 +532,7 @@ def test_call_ends_at_its_deadline(fake: FakeAws, kind: str) -> None:
     fake.set(faults={"*": {"kind": kind}})
     sqs = client().within(0.3)
     error = failure(lambda: send(sqs))
-    assert app.cause_of(error) == "ReadTimeoutError"
+    assert kind_of(error) == "ReadTimeoutError"
     assert isinstance(error, app.TIMEOUTS)
     fake.set(faults={})
     assert send(sqs.within(LONG))["MessageId"]  # on the same handle
@@ -560,29 +646,279 @@ def identity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "identity"
 
 
+class Pause:
+    """Holds the search for credentials between two searches."""
+
+    def __init__(self) -> None:
+        self._begun, self._ended = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self, _: float) -> None:
+        self._begun.release()
+        self._ended.acquire()
+
+    def end(self) -> None:
+        """Let the next search begin, and wait for its end."""
+        assert self._begun.acquire(timeout=LONG)
+        self._ended.release()
+        assert self._begun.acquire(timeout=LONG)
+        self._begun.release()
+
+
+class Source:
+    """A place where boto3 finds credentials, and a service that uses them."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.runs, self.keys = folder / "runs", folder / "keys"
+        self.file, config = folder / "credentials", folder / "config"
+        if kind == "process":
+            command = f"[X]\ncredential_process = sh -c 'echo >> {self.runs}; cat {self.keys}'\n"
+            config.write_text(command.replace("X", "default"))
+        self.pause = Pause()
+        self.credentials = app.Credentials(REGION, self.pause)
+        self.sqs = app.AwsClient("sqs", REGION, self.credentials, LONG)
+
+    def hold(self, key: str, **more: str) -> None:
+        keys = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": key, **more}
+        self.keys.write_text(json.dumps(keys))
+        lines = "[default]", f"aws_access_key_id = {key}", f"aws_secret_access_key = {key}"
+        self.file.write_text("\n".join(lines) if not self.is_process() else "")
+
+    def is_process(self) -> bool:
+        return (self.file.parent / "config").exists()
+
+    def count(self) -> int:
+        return len(self.runs.read_text().splitlines())
+
+
 @pytest.mark.usefixtures("no_keys")
-def test_credentials_that_appear_later_are_found(
-    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["file", "process"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "SignatureDoesNotMatch",
+        "UnrecognizedClientException",
+    ],
+)
+def test_other_credentials_are_searched_for_when_aws_rejects_them(
+    endpoint: Endpoint, tmp_path: Path, kind: str, code: str
 ) -> None:
-    monkeypatch.setattr(app.Credentials, "LOOK_SECONDS", 0.05)
-    sqs = client()
-    assert cause(sqs) == "NoCredentialsError"
+    source = Source(tmp_path, kind)
 
-    def is_used(key: str) -> bool:
-        with suppress(BotoCoreError):
-            send(sqs)
-        requests = endpoint.requests[-1:]
-        return any(f"Credential={key}/" in r.headers["Authorization"] for r in requests)
+    def used() -> str:
+        send(source.sqs)
+        authorization = endpoint.requests[-1].headers["Authorization"]
+        return str(re.findall("Credential=(\\w+)/", authorization)[0])
 
-    for key in ("first", "second"):
-        (tmp_path / "credentials").write_text(
-            f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {key}\n"
-        )
-        eventually(partial(is_used, key))
-    # Those of the environment end the search, which would else write into the logs of other tests.
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "third")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "third")
-    eventually(partial(is_used, "third"))
+    assert cause(source.sqs) in ("NoCredentialsError", "CredentialRetrievalError")
+    source.hold("first")
+    source.pause.end()
+    assert used() == "first", "those that appear later"
+    runs = source.is_process() and source.count()
+    source.hold("second")
+    endpoint.rejected = ("first", "AccessDeniedException")
+    assert cause(source.sqs) == "AccessDeniedException"
+    endpoint.rejected = ("", "")
+    source.pause.end()
+    assert used() == "first"
+    assert not source.is_process() or source.count() == runs, "asked again without need"
+    endpoint.rejected = ("first", code)
+    assert cause(source.sqs) == code
+    for _ in range(2):
+        source.pause.end()
+        assert used() == "second"
+    assert not source.is_process() or source.count() == runs + 1
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_known_credentials_stay_in_use_while_they_cannot_be_renewed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Source(tmp_path, "process")
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
+    source.hold("first", SessionToken="t", Expiration=soon.isoformat())
+    first = source.credentials.frozen()
+    source.keys.unlink()
+    source.pause.end()
+    assert source.credentials.frozen() == first
+    (warning,) = [r for r in caplog.records if r.message == "credentials not renewed"]
+    assert "credential_process: status 1" in vars(warning)["cause"]
+    (tmp_path / "config").write_text(f"[default]\n{keys(AccessKeyId='second')}\n")
+    source.pause.end()
+    assert source.credentials.frozen().access_key == "second"
+
+
+needs_setpriv = pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv is of Linux")
+
+
+@needs_setpriv
+@pytest.mark.usefixtures("no_keys")
+def test_credential_process_has_a_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = app.CredentialProcess.LIMIT
+    monkeypatch.setattr(app.CredentialProcess, "LIMIT", limit.replace(" 60", " 0.1"))
+    (tmp_path / "config").write_text("[default]\ncredential_process = sh -c 'sleep 600; :'\n")
+    assert "status 124" in app.detail_of(failure(app.Credentials(REGION).frozen))
+
+
+@needs_setpriv
+def test_credential_process_ends_with_the_service(tmp_path: Path) -> None:
+    """Its children too, even if the service is killed."""
+    pid = tmp_path / "pid"
+    hang = f"sleep 600 & echo $! >{pid}.new; mv {pid}.new {pid}; wait"
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = sh -c '{hang}'\n")
+    service = subprocess.Popen(
+        [sys.executable, "-c", "import app; app.Credentials('us-west-1').frozen()"],
+        cwd=PROJECT,
+        env=environment(AWS_CONFIG_FILE=str(tmp_path / "config"), AWS_ACCESS_KEY_ID=""),
+        stderr=subprocess.DEVNULL,
+    )
+    eventually(pid.exists)
+    service.kill()
+    service.wait()
+    eventually(lambda: not Path(f"/proc/{pid.read_text().strip()}").exists())
+
+
+def keys(**changes: Any) -> str:
+    """The command of a credential_process that prints these."""
+    given = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "s3cr3t", "SessionToken": "t"}
+    return f"credential_process = printf %s '{json.dumps({**given, **changes})}'"
+
+
+ROLE = "role_arn = arn:aws:iam::000000000000:role/email-processor-role"
+SOURCE = f"{ROLE}\nsource_profile = b\n[profile b]"
+CHAIN = f"{SOURCE}\naws_access_key_id = a\naws_secret_access_key = a"
+URI, TOKEN = "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN"
+IDENTITY = {"AWS_ROLE_ARN": ROLE.split()[2], "AWS_WEB_IDENTITY_TOKEN_FILE": "FOLDER/file"}
+# The default profile's configuration, variables, a file's content, and words of the cause.
+FAILURES: list[tuple[str, dict[str, str], bytes, str]] = [
+    (keys(Expiration="2020-01-01T00:00:00Z"), {}, b"", "still expired"),
+    (keys(Expiration="2099-01-01T00:00:00"), {}, b"", "offset-naive"),
+    (keys(Expiration="s3cr3t"), {}, b"", "ParserError"),
+    (keys(SecretAccessKey="s3cr3t\n"), {}, b"", "a key is empty"),
+    (keys(SecretAccessKey=None), {}, b"", "credentials from boto3: TypeError"),
+    (keys(Version="s3cr3t"), {}, b"", "custom-process: Unsupported version for"),
+    (
+        "credential_process = sh -c 'echo s3cr3t >&2; exit 3'",
+        {},
+        b"",
+        "credential_process: status 3",
+    ),
+    ("credential_process = echo s3cr3t", {}, b"", "credentials from boto3: JSONDecodeError"),
+    ("credential_process = echo []", {}, b"", "credentials from boto3: AttributeError"),
+    (
+        "credential_process = echo 's3cr3t",
+        {},
+        b"",
+        "credentials from boto3: ValueError: No closing quotation",
+    ),
+    ("credential_process = /nowhere/tool s3cr3t", {}, b"", "[Errno 2]"),
+    (f"mfa_serial = arn:aws:iam::0:mfa/x\n{CHAIN}", {}, b"", "mfa_serial"),
+    (
+        f"{SOURCE}\n{keys(SessionToken='s3cr3t' + chr(10))}",
+        {"AWS_ENDPOINT_URL_STS": "http://127.0.0.1:9"},
+        b"",
+        "credentials from boto3: ValueError in putheader",
+    ),
+    ("", {URI: "http://user:s3cr3t@example.com"}, b"", "Unsupported host 'example.com'"),
+    (
+        "",
+        {URI: "http://127.0.0.1/", f"{TOKEN}_FILE": "FOLDER/file"},
+        b"s3cr3t\n",
+        "legal header value",
+    ),
+    ("", {URI: "http://127.0.0.1/", f"{TOKEN}_FILE": "FOLDER/file"}, b"\xff", "UnicodeDecodeError"),
+    ("", IDENTITY, b"", "Parameter validation"),
+    ("", IDENTITY, b"s3cr3t\xff", "UnicodeDecodeError"),
+    ("", {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s3cr3t\n"}, b"", "a key is empty"),
+]
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    ("profile", "variables", "content", "words"), FAILURES, ids=[words for *_, words in FAILURES]
+)
+def test_cause_of_missing_credentials_is_shown_without_a_secret(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    profile: str,
+    variables: dict[str, str],
+    content: bytes,
+    words: str,
+) -> None:
+    (tmp_path / "config").write_text(f"[default]\n{profile}\n")
+    (tmp_path / "file").write_bytes(content)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.replace("FOLDER", str(tmp_path)))
+    detail = app.detail_of(failure(app.Credentials(REGION).frozen))
+    assert words in detail
+    assert "s3cr3t" not in detail
+    assert row_of(detail) == row_of(words)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_response_of_a_container_endpoint_is_not_shown(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", endpoint.url)
+    detail = app.detail_of(failure(app.Credentials(REGION).frozen))
+    assert detail.endswith("Received non 200 response 501 from container metadata")
+    assert row_of(detail) == row_of("container metadata")
+
+
+def webhook(identity: Path, region: str = REGION) -> dict[str, str]:
+    """The variables that EKS's webhook gives a pod whose Deployment has AWS_REGION."""
+    return {
+        "AWS_ROLE_ARN": ROLE.split()[2],
+        "AWS_WEB_IDENTITY_TOKEN_FILE": str(identity),
+        "AWS_REGION": region,
+        "AWS_STS_REGIONAL_ENDPOINTS": "regional",
+    }
+
+
+WEB_IDENTITY = f"{ROLE}\nweb_identity_token_file = FILE"
+# A profile's configuration, beside the webhook's variables or without them.
+REGIONS = [
+    ("", "us-west-1", "sts.us-west-1.amazonaws.com"),
+    ("", "ap-east-1", "sts.ap-east-1.amazonaws.com"),
+    ("", "cn-north-1", "sts.cn-north-1.amazonaws.com.cn"),
+    ("", "us-gov-west-1", "sts.us-gov-west-1.amazonaws.com"),
+    ("region = eu-west-1", "ap-east-1", "sts.ap-east-1.amazonaws.com"),
+    (CHAIN, "ap-east-1", "sts.ap-east-1.amazonaws.com"),
+    (
+        f"{ROLE}\nsource_profile = a\n[profile a]\n{CHAIN}",
+        "ap-east-1",
+        "sts.ap-east-1.amazonaws.com",
+    ),
+    (WEB_IDENTITY, "ap-east-1", "sts.ap-east-1.amazonaws.com"),
+    (f"{SOURCE}\n{WEB_IDENTITY}", "ap-east-1", "sts.ap-east-1.amazonaws.com"),
+]
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(("profile", "region", "host"), REGIONS)
+def test_role_is_assumed_in_the_services_region(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, region: str, host: str
+) -> None:
+    identity = tmp_path / "identity"
+    identity.write_text("of the service account")
+    profile = profile.replace("FILE", str(identity))
+    (tmp_path / "config").write_text(f"[default]\n{profile}\n")
+    for name, value in webhook(identity, region).items():
+        if name == "AWS_REGION" or ROLE not in profile:
+            monkeypatch.setenv(name, value)
+    settings = app.Settings.from_environ({**os.environ, "SQS_QUEUE_URL": "https://sqs/1/queue"})
+    with Endpoint() as proxy:
+        proxy.status = 407
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert app.create_app(settings).test_client().get("/ready").status_code == 503
+    assert {request.path for request in proxy.requests} == {f"{host}:443"}
 
 
 @pytest.mark.usefixtures("no_keys")
@@ -599,7 +935,7 @@ def test_credentials_that_do_not_come_hold_one_request(
         port = silent.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", 1.0)
-        credentials, begin = app.Credentials(), time.monotonic()
+        credentials, begin = app.Credentials(REGION), time.monotonic()
         for _ in range(2 * int(LONG)):
             assert isinstance(failure(credentials.frozen), BotoCoreError)
         assert time.monotonic() - begin < LONG, "each has waited"
@@ -609,12 +945,12 @@ def test_credentials_that_do_not_come_hold_one_request(
 
 SILENT = """
 import time, app
-sqs = app.AwsClient("sqs", "us-west-1", app.Credentials(), 0.5)
+sqs = app.AwsClient("sqs", "us-west-1", app.Credentials("us-west-1"), 0.5)
 began = time.monotonic()
 try:
     sqs.send_message(QueueUrl="q", MessageBody="b")
 except Exception as error:
-    print(app.cause_of(error))
+    print(type(error).__name__)
 del sqs
 print("dropped", time.monotonic() - began < 4)
 """

@@ -136,7 +136,7 @@ NO_TOKEN_FILE = {
         ({"kind": "garbage"}, "JSONDecodeError"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "Could not connect"),
         ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "Could not resolve"),
-        ({"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}, "proxy"),
+        ({"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}, "proxy URL"),
         (NO_TOKEN_FILE, "Errno"),
     ],
     ids=str,

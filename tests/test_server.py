@@ -310,6 +310,20 @@ def test_lines_of_several_workers_do_not_mix_in_a_pipe(
     assert sum("characters cut" in json.loads(line).get("path", "") for line in lines) == asked
 
 
+def test_warnings_about_credentials_are_json(start_service: StartService, tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    keys = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "s3cr3t", "SessionToken": "t"}
+    keys["Expiration"] = "2099-01-01 00:00:00 XYZ"
+    config.write_text(f"[default]\ncredential_process = echo '{json.dumps(keys)}'\n")
+    with start_service(AWS_CONFIG_FILE=str(config), AWS_ACCESS_KEY_ID="") as service:
+        message = service.get("/ready").json["message"]
+        eventually(lambda: "UnknownTimezoneWarning" in service.output())
+    assert "credentials" in message
+    assert service.errors() == ""
+    assert any(line["logger"] == "py.warnings" for line in service.log())
+    assert "s3cr3t" not in service.output()
+
+
 REFUSED = 'email_processor_requests_total{outcome="invalid_json"}'
 ANSWERED = 'email_processor_requests_total{outcome="success"}'
 READ = 'email_processor_token_reads_total{result="success"}'
