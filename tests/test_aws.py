@@ -918,6 +918,7 @@ def test_role_is_assumed_in_the_services_region(
         proxy.status = 407
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert app.create_app(settings).test_client().get("/ready").status_code == 503
+        eventually(lambda: proxy.requests)
     assert {request.path for request in proxy.requests} == {f"{host}:443"}
 
 

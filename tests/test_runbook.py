@@ -193,7 +193,8 @@ def test_commands_of_aws_run(emulator: str) -> None:
     # checked by the command alone, arguments and all.
     stand_ins = """kubectl() { case $1 in
       get) echo pod/a ;;
-      exec) echo 'email_processor_tokens_accepted_total{parameter="/a"} 1.0' ;;
+      exec) echo 'email_processor_tokens_accepted_total{parameter="/a"} 1.0'
+            echo 'email_processor_token_read_timestamp_seconds 1.0' ;;
       logs) echo '{"token_parameter": "/email-service/api-token", "client": "10.0.0.1"}' ;;
     esac; }
     aws() { case "$1 $2" in
