@@ -40,8 +40,8 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import accumulate
-from json.encoder import encode_basestring_ascii
 from json import JSONDecodeError
+from json.encoder import encode_basestring_ascii
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
