@@ -1,7 +1,7 @@
-"""The publisher under any interleaving of requests, answers and failures.
+"""The publisher under any interleaving of requests, calls of SQS and failures.
 
-Requests are real threads that call publish(). A scripted SQS holds every call until the script lets
-it end, and the clock moves when the script moves it, so each step happens in a known state.
+A scripted SQS holds every call until the script ends it, and the clock moves when the script moves
+it. The executor runs one task at a time, so each step happens in a known state.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -36,12 +35,8 @@ def aws_error(code: str, status: int, text: str = "as AWS puts it") -> ClientErr
     return ClientError({**response, "ResponseMetadata": {"HTTPStatusCode": status}}, "Send")
 
 
-class ThreadEnds(BaseException):
-    """What no handler of the application catches."""
-
-
-# How a call ends: what is raised in the leader's thread, and whether SQS has taken the messages.
-FAILURES: dict[str, tuple[BaseException, bool]] = {
+# How a call ends: its exception, and whether SQS has taken the messages.
+FAILURES: dict[str, tuple[Exception, bool]] = {
     "server error": (aws_error("InternalFailure", 500), False),
     "throttled": (aws_error("ThrottlingException", 400), False),
     "too many": (aws_error("TooManyRequests", 429), False),
@@ -53,20 +48,64 @@ FAILURES: dict[str, tuple[BaseException, bool]] = {
     "no connection": (ConnectTimeoutError(endpoint_url="https://aws.invalid"), False),
     "lost answer": (ReadTimeoutError(endpoint_url="https://aws.invalid"), True),
     "garbled": (KeyError("MessageId"), True),
-    "thread ends": (ThreadEnds(), False),
 }
 SENT, FAULT, BUSY, LEFT_OUT = "sent", "sender fault", "service busy", "not in the answer"
 NAMELESS = "sent without a MessageId"
+
+
+class Tasks(Executor):
+    """Keeps tasks until the script runs them. Each has a thread, but only one thread runs: a task
+    has the turn until it ends, or until its call of SQS waits for the script.
+    """
+
+    def __init__(self) -> None:
+        self.submitted: deque[Callable[[], Any]] = deque()
+        self.is_down = False  # as an executor that cannot start a thread
+        self._paused = threading.Semaphore(0)
+
+    def submit(self, task: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
+        if self.is_down:
+            raise RuntimeError("can't start new thread")
+        self.submitted.append(partial(task, *arguments, **options))
+        return Future()
+
+    def run_submitted(self) -> None:
+        while self.submitted:
+            task = self.submitted.popleft()
+            threading.Thread(target=self._run, args=(task,), daemon=True).start()
+            self._take_turn_back()
+
+    def resume(self, event: threading.Event) -> None:
+        event.set()
+        self._take_turn_back()
+        self.run_submitted()
+
+    def wait(self, event: threading.Event) -> None:
+        """Of a task: give the turn back until the event."""
+        self._paused.release()
+        assert event.wait(60), "the script forgot a call"
+
+    def _run(self, task: Callable[[], Any]) -> None:
+        try:
+            task()
+        except Exception:  # as in an executor's future that nothing reads
+            logging.getLogger("tasks").exception("task failed")
+        finally:
+            self._paused.release()
+
+    def _take_turn_back(self) -> None:
+        assert self._paused.acquire(timeout=60)
 
 
 @dataclass(eq=False)
 class Call:
     entries: list[dict[str, Any]]
     single: bool
-    probe: bool  # made by the client with less patience
+    probe: bool  # made by the client with less time
+    beside: int  # calls that were in flight when it began
     end: threading.Event = field(default_factory=threading.Event)
     failure: str = ""
-    results: list[str] = field(default_factory=list)  # in turn; entries beyond it are sent
+    results: list[str] = field(default_factory=list)  # of the entries; further ones are sent
 
     @property
     def bodies(self) -> list[str]:
@@ -76,26 +115,31 @@ class Call:
 class Queue:
     """An SQS whose calls end when the script says so; it knows what it took."""
 
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.calls: list[Call] = []  # under way
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks = tasks
+        self.calls: list[Call] = []  # in flight
         self.made: list[Call] = []
         self.taken: list[tuple[str, str]] = []  # (body, MessageId)
         self.ambiguous: set[str] = set()  # taken, but the answer says otherwise
+        self.limit: Any = LIMIT
+        self.reads = 0  # of it
 
     def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
-        return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
+        self.reads += 1
+        if isinstance(self.limit, Exception):
+            raise self.limit
+        return {"Attributes": {"MaximumMessageSize": str(self.limit)}}
 
     def send_message(self, probe: bool = False, **entry: Any) -> dict[str, Any]:
         assert entry.pop("QueueUrl").startswith(QUEUE)
-        call = self._hold(Call([entry], single=True, probe=probe))
+        call = self._hold([entry], single=True, probe=probe)
         if call.results[:1] in ([FAULT], [BUSY]):
             raise aws_error("InvalidMessageContents", 400 if call.results[0] == FAULT else 503)
         return {} if call.results[:1] == [LEFT_OUT] else {"MessageId": self._take(entry)}
 
     def send_message_batch(self, probe: bool = False, **batch: Any) -> dict[str, Any]:
         assert batch["QueueUrl"].startswith(QUEUE)
-        call = self._hold(Call(batch["Entries"], single=False, probe=probe))
+        call = self._hold(batch["Entries"], single=False, probe=probe)
         answer: dict[str, Any] = {"Successful": [], "Failed": []}
         results = call.results[: len(call.entries)]
         for entry, result in zip_longest(call.entries, results, fillvalue=SENT):
@@ -109,132 +153,87 @@ class Queue:
                 answer["Failed"].append(failed)
         return answer
 
-    def _hold(self, call: Call) -> Call:
-        with self.changed:
-            self.calls.append(call)
-            self.made.append(call)
-        assert call.end.wait(60), "the script forgot a call"
-        with self.changed:
-            self.calls.remove(call)
-            self.changed.notify_all()
+    def _hold(self, entries: list[dict[str, Any]], single: bool, probe: bool) -> Call:
+        call = Call(entries, single, probe, beside=len(self.calls))
+        self.calls.append(call)
+        self.made.append(call)
+        self.tasks.wait(call.end)
+        self.calls.remove(call)
         if call.failure:
             error, taken = FAILURES[call.failure]
-            for entry in call.entries if taken else []:
+            for entry in entries if taken else []:
                 self.ambiguous.add(entry["MessageBody"])
                 self._take(entry)
             raise error
         return call
 
     def _take(self, entry: dict[str, Any]) -> str:
-        with self.changed:
-            message_id = f"id-{len(self.taken)}"
-            self.taken.append((entry["MessageBody"], message_id))
+        message_id = f"id-{len(self.taken)}"
+        self.taken.append((entry["MessageBody"], message_id))
         return message_id
 
 
 class Requests:
-    """Requests that publish, each in a thread of its own."""
+    """Requests that publish, and what becomes of each."""
 
     def __init__(
-        self, calls: int = 1, fifo: bool = False, seconds: float = 60, threads: int = 1000
+        self, calls: int = 1, fifo: bool = False, seconds: float = 60, limit: Any = LIMIT
     ) -> None:
-        self.queue = Queue()
+        self.tasks = Tasks()
+        self.queue = Queue(self.tasks)
+        self.queue.limit = limit
         self.now = 0.0
-        self.looks = Counter[str]()  # how often a request's thread has looked at the clock
-        self.dying: threading.Thread | None = None  # ends when it next looks at the clock
+        self.clock: Callable[[], float] = lambda: self.now
         self.pause: Callable[[], object] = lambda: None
-        url = QUEUE + (".fifo" if fifo else "")
         probe = SimpleNamespace(
             send_message=partial(self.queue.send_message, probe=True),
             send_message_batch=partial(self.queue.send_message_batch, probe=True),
         )
         self.publisher = app.Publisher(
-            self.queue, probe, url, calls, threads, self.clock, lambda _: self.pause()
+            self.queue,
+            probe,
+            QUEUE + (".fifo" if fifo else ""),
+            calls,
+            self.tasks,
+            lambda: self.clock(),
+            lambda _: self.pause(),
         )
         self.publisher.SECONDS = seconds  # type: ignore[misc]
-        self.publisher.STALL_SECONDS = 0.01  # type: ignore[misc]
-        self.publisher.limit.bytes()
-        self.answers: dict[str, list[Any]] = {}
-        self.threads: list[threading.Thread] = []
-
-    def clock(self) -> float:
-        thread = threading.current_thread()
-        if thread is self.dying:
-            raise ThreadEnds
-        self.looks[thread.name] += 1
-        return self.now
+        self.publisher.read_limit()
+        self.answers: dict[str, Future[str]] = {}
 
     def submit(self, size: int = 0) -> str:
-        body = json.dumps(f"{len(self.threads)}".ljust(max(size, 2) - 2))
-        self.answers[body] = []
-        thread = threading.Thread(target=self._publish, args=(body,), name=body, daemon=True)
-        self.threads.append(thread)
-        thread.start()
-        self.settle()
-        return body
-
-    def _publish(self, body: str) -> None:
-        answer: Any = "its thread ended"
+        number = len(self.answers)
+        body = json.dumps(f"{number}".ljust(max(size, 2) - 2))
         try:
-            answer = self.publisher.publish(
-                app.Message(body, request_id=f"request-{body[1:-1].strip()}")
-            )
-        except app.ApiError as refusal:
-            answer = refusal
-        except ThreadEnds:
-            pass
-        self.answers[body].append(answer)
-
-    def settle(self) -> None:
-        """Wait until nothing more happens by itself: each request has its answer, makes a call that
-        the script holds, or has looked twice without any change.
-        """
-        end = time.monotonic() + 60
-        while True:
-            before, looks = self._state(), self.looks.copy()
-            while not all(
-                answers or body in self._held() or self.looks[body] >= looks[body] + 4
-                for body, answers in self.answers.items()
-            ):
-                assert time.monotonic() < end, "a request is stranded"
-                time.sleep(0.0005)
-            if self._state() == before:
-                return
-
-    def _held(self) -> set[str]:
-        return {body for call in list(self.queue.calls) for body in call.bodies}
-
-    def _state(self) -> object:
-        answered = sum(map(len, self.answers.values()))
-        return len(self.queue.made), len(self.queue.calls), answered
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.settle()
+            answer = self.publisher.publish(app.Message(body, request_id=f"request-{number}"))
+        except Exception as error:
+            answer = Future()
+            answer.set_exception(error)
+        self.answers[body] = answer
+        self.tasks.run_submitted()
+        return body
 
     def end_call(
         self, number: int = 0, failure: str = "", results: list[str] | None = None
     ) -> None:
         call = self.queue.calls[number]
         call.failure, call.results = failure, results or []
-        call.end.set()
-        with self.queue.changed:
-            assert self.queue.changed.wait_for(lambda: call not in self.queue.calls, 60)
-        self.settle()
+        self.tasks.resume(call.end)
 
     def end_all(self) -> None:
         while self.queue.calls:
             self.end_call()
-        for thread in self.threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a request waits for ever"
+
+    def error(self, number: int = -1) -> Any:
+        return list(self.answers.values())[number].exception(timeout=0)
 
     @property
     def outcomes(self) -> str:
-        """A letter for each: s(ent), or how its refusal's code begins; a blank for none yet."""
+        """A letter for each: s(ent), or how its error's code begins; a blank for none yet."""
         return "".join(
-            " " if not given else given[0].code[0] if isinstance(given[0], app.ApiError) else "s"
-            for given in self.answers.values()
+            " " if not answer.done() else getattr(answer.exception(), "code", "sent")[0]
+            for answer in self.answers.values()
         )
 
     @property
@@ -244,7 +243,7 @@ class Requests:
 
     @property
     def probes(self) -> list[bool]:
-        """Of each call under way, whether it is one."""
+        """Of each call in flight, whether it is one."""
         return [call.probe for call in self.queue.calls]
 
 
@@ -262,7 +261,7 @@ def play(*steps: Step, **options: Any) -> Requests:
             for _ in range(step):
                 requests.submit()
         elif isinstance(step, float):
-            requests.wait(step)
+            requests.now += step
         elif isinstance(step, list):
             requests.end_call(results=step)
         else:
@@ -278,15 +277,16 @@ def size_of(entry: dict[str, Any]) -> int:
 
 
 def assert_kept(requests: Requests) -> None:
-    """What must hold for any requests and any failures."""
+    """What must hold for any requests and any failures, once all calls have ended."""
     queue, ids = requests.queue, dict[str, set[str]]()
     times_taken = Counter(body for body, _ in queue.taken)
     for body, message_id in queue.taken:
         ids.setdefault(body, set()).add(message_id)
-    for body, answers in requests.answers.items():
-        assert len(answers) == 1, "exactly one answer"
-        if isinstance(answers[0], str) and answers[0].startswith("id-"):
-            assert answers[0] in ids[body], "the id of its own message"
+    for body, answer in requests.answers.items():
+        if answer.exception(timeout=0) is None:
+            assert answer.result() in ids[body], "the id of its own message"
+        else:
+            assert isinstance(answer.exception(), app.ApiError)
         assert times_taken[body] <= 1 or body in queue.ambiguous, "sent once only"
     for call in queue.made:
         assert 1 <= len(call.entries) <= 10
@@ -307,7 +307,7 @@ STEPS = st.one_of(
         st.integers(0, 7),
         st.lists(st.sampled_from([SENT, FAULT, BUSY, LEFT_OUT]), max_size=10),
     ),
-    st.tuples(st.just("time goes by"), st.sampled_from([1.0, 100.0])),
+    st.tuples(st.just("time passes"), st.sampled_from([1.0, 100.0])),
 )
 
 
@@ -315,30 +315,29 @@ STEPS = st.one_of(
     derandomize=True,  # the same examples in every run
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=100,
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(
     steps=st.lists(STEPS, min_size=5, max_size=40),
     burst=st.sampled_from([0, 0, 3, 12, 25, 40]),
     calls=st.sampled_from([1, 2, 8]),
-    threads=st.sampled_from([2, 12, 100]),
     fifo=st.booleans(),
     seconds=st.sampled_from([60, 60, 60, 1.5, 0]),
 )
 def test_any_interleaving_keeps_every_promise(
-    steps: list[Any], burst: int, calls: int, threads: int, fifo: bool, seconds: float
+    steps: list[Any], burst: int, calls: int, fifo: bool, seconds: float
 ) -> None:
-    requests = play(burst, calls=calls, fifo=fifo, seconds=seconds, threads=threads)
+    requests = play(burst, calls=calls, fifo=fifo, seconds=seconds)
     for kind, *arguments in steps:
-        under_way = requests.queue.calls
-        assert len(under_way) <= (1 if fifo else calls)
+        in_flight = requests.queue.calls
+        assert len(in_flight) <= (1 if fifo else calls)
         if kind == "submit":
             requests.submit(*arguments)
-        elif kind == "time goes by":
+        elif kind == "time passes":
             requests.now += arguments[0]
-        elif under_way:
-            number = arguments[0] % len(under_way)
+        elif in_flight:
+            number = arguments[0] % len(in_flight)
             if kind == "succeed":
                 requests.end_call(number)
             elif kind == "fail":
@@ -347,34 +346,61 @@ def test_any_interleaving_keeps_every_promise(
                 requests.end_call(number, results=arguments[1])
     requests.end_all()
     assert_kept(requests)
+    requests.publisher.SECONDS = 60  # type: ignore[misc]
+    requests.now += 1
+    requests.submit()
+    requests.end_all()
+    assert requests.outcomes[-1] == "s", "the next message is sent"
 
 
 # --- Which messages share a call ------------------------------------------------------------------
 
 
-def test_messages_that_come_during_a_call_share_the_next() -> None:
+def test_messages_that_arrive_during_a_call_share_the_next() -> None:
     requests = play(26)
     requests.end_all()
     assert requests.sizes == [1, 10, 10, 5]
     assert [body for call in requests.queue.made for body in call.bodies] == list(requests.answers)
 
 
+# The limit of calls in flight, the messages that arrive, and the sizes of the calls that start.
 @pytest.mark.parametrize(
     ("calls", "fifo", "messages", "made"),
-    [(8, False, 10, [1]), (8, False, 21, [1, 10, 10]), (2, False, 31, [1, 10]), (8, True, 31, [1])],
+    [
+        (8, False, 1, [1]),
+        (8, False, 11, [1, 1]),
+        (8, False, 12, [1, 1, 10]),
+        (8, False, 33, [1, 1, 10, 10, 10]),
+        (8, False, 90, [1, 1, 10, 10, 10, 10, 10, 10]),
+        (3, False, 33, [1, 1, 10]),
+        (1, False, 33, [1]),
+        (8, True, 33, [1]),
+    ],
 )
-def test_full_batches_start_further_calls_up_to_the_limit(
+def test_two_calls_are_in_flight_and_full_batches_start_further_ones(
     calls: int, fifo: bool, messages: int, made: list[int]
 ) -> None:
     requests = play(messages, calls=calls, fifo=fifo)
     assert requests.sizes == made
     requests.end_all()
+    assert requests.outcomes == "s" * messages
 
 
-@pytest.mark.parametrize(("threads", "made"), [(1, [1]), (2, [1, 1]), (8, [1, 7])])
-def test_call_starts_when_no_further_message_could_join(threads: int, made: list[int]) -> None:
-    requests = play(threads, calls=8, threads=threads)
-    assert requests.sizes == made
+def test_third_call_waits_though_other_calls_end() -> None:
+    requests = play(15, calls=8)
+    requests.end_call(2)
+    assert (requests.sizes, len(requests.queue.calls)) == ([1, 1, 10], 2)
+    requests.end_call(0)
+    assert requests.sizes == [1, 1, 10, 3]
+    requests.end_all()
+
+
+def test_call_that_takes_long_delays_no_other_message() -> None:
+    requests = play(3, calls=8)
+    for _ in range(3):
+        requests.end_call(1)
+        requests.submit()
+    assert requests.outcomes == " sss  "[:1] + "sss" + " " * (len(requests.outcomes) - 4)
     requests.end_all()
 
 
@@ -389,16 +415,8 @@ def test_batch_ends_at_the_byte_limit() -> None:
     assert_kept(requests)
 
 
-def test_call_that_takes_long_holds_up_nobody_else() -> None:
-    requests = play(3, 1.0, calls=8)
-    assert requests.sizes == [1, 2]
-    requests.end_call(1)
-    assert requests.outcomes == " ss"
-    requests.end_all()
-
-
 def test_fifo_queue_gets_messages_in_order() -> None:
-    requests = play(25, 1.0, calls=8, fifo=True, threads=2)
+    requests = play(25, calls=8, fifo=True)
     requests.end_all()
     assert [body for body, _ in requests.queue.taken] == list(requests.answers)
     entries = [entry for call in requests.queue.made for entry in call.entries]
@@ -406,12 +424,30 @@ def test_fifo_queue_gets_messages_in_order() -> None:
     assert len({entry["MessageDeduplicationId"] for entry in entries}) == 25
 
 
+def test_message_beyond_the_memory_bound_is_overloaded() -> None:
+    requests = Requests()
+    number = app.Publisher.MAX_PENDING_BYTES // (LIMIT - 1000)
+    for _ in range(number + 1):
+        requests.submit(LIMIT - 1200)
+    assert requests.outcomes == " " * number + "o"
+    assert "bytes of messages wait for SQS" in requests.error().cause
+    requests.end_call()  # what SQS has no longer counts
+    requests.submit(LIMIT - 1200)
+    requests.submit(LIMIT - 1200)
+    assert requests.outcomes[number:] == "o o"
+    requests.end_all()
+    for _ in range(number):
+        requests.submit(LIMIT - 1200)
+    assert "o" not in requests.outcomes[-number:]
+    requests.end_all()
+
+
 # --- Failures -------------------------------------------------------------------------------------
 
-# All but the first request share a batch, as they come during its call. What is played, what then
-# becomes of the requests, and the sizes of the calls.
+# All but the first request share a batch, as they arrive during its call. The steps, the outcomes
+# of the requests, and the sizes of the calls.
 SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
-    "each one alone": ([1, OK, 1, OK, 1], "ss ", [1, 1, 1]),
+    "one by one": ([1, OK, 1, OK, 1], "ss ", [1, 1, 1]),
     "one entry refused": ([4, OK, [SENT, FAULT, SENT]], "ssqs", [1, 3]),
     "two entries to be tried again": ([4, OK, [BUSY, BUSY, SENT]], "s  s", [1, 3, 2]),
     "an entry without an answer": ([4, OK, [LEFT_OUT, SENT, SENT]], "s ss", [1, 3, 1]),
@@ -427,8 +463,8 @@ SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
     "failures that pass": ([1, "throttled", "throttled", OK] * 10, "s" * 10, [1] * 30),
     "no attempt after its time": ([1, 59.0, "server error", 1.0, "server error"], "q", [1, 1]),
     "a call longer than the wait": ([1, 61.0], " ", [1]),
+    "a wait longer than the time": ([2, 61.0, OK], "sq", [1]),
     "a time-out ends the waiting": ([4, "no answer"], " qqq", [1, 1]),
-    "a thread ends in its call": ([3, OK, "thread ends", 1], "ssq ", [1, 2, 1]),
 }
 
 
@@ -441,8 +477,8 @@ def test_failure_ends_as_it_should(steps: list[Step], outcomes: str, sizes: list
     assert_kept(requests)
 
 
-def test_refused_batch_goes_message_by_message() -> None:
-    requests = play(4, OK, "refused", 1)  # the last one shares no call with what may be guilty
+def test_rejected_batch_goes_message_by_message() -> None:
+    requests = play(4, OK, "refused", 1)  # the last one shares no call with a message at fault
     guilty = list(requests.answers)[2]
     while requests.queue.calls:
         is_guilty = guilty in requests.queue.calls[0].bodies
@@ -451,42 +487,61 @@ def test_refused_batch_goes_message_by_message() -> None:
     assert requests.sizes == [1, 3, 1, 1, 1, 1]
 
 
-def test_message_that_waits_too_long_is_never_sent() -> None:
-    requests = play(2, 61.0)
-    assert requests.outcomes == " q"
+def test_messages_are_retried_in_their_order_before_later_ones() -> None:
+    requests = play(6, OK, 8)
+    requests.end_call(results=[BUSY, SENT, BUSY, SENT, BUSY])
+    bodies = list(requests.answers)
+    assert requests.queue.calls[0].bodies == [bodies[n] for n in (1, 3, 5, 6, 7, 8, 9, 10, 11, 12)]
     requests.end_all()
-    assert [body for body, _ in requests.queue.taken] == list(requests.answers)[:1]
 
 
-def test_request_is_answered_before_the_pause_of_others() -> None:
-    requests = play(3, OK)
-    paused, go_on = threading.Event(), threading.Event()
-
-    def pause() -> None:
-        paused.set()
-        assert go_on.wait(60)
-
-    requests.pause = pause
-    (call,) = requests.queue.calls
-    call.results = [SENT, BUSY]
-    call.end.set()
-    assert paused.wait(60)
-    requests.threads[1].join(60)
-    assert requests.outcomes == "ss "
-    go_on.set()
-    requests.settle()
+def test_futures_are_resolved_before_the_pause_of_a_retry() -> None:
+    requests, seen = play(3, OK), list[str]()
+    requests.pause = lambda: seen.append(requests.outcomes)
+    requests.end_call(results=[SENT, BUSY])
+    assert seen == ["ss "]
     requests.end_all()
     assert requests.outcomes == "sss"
 
 
-def test_waiting_thread_that_ends_strands_nobody() -> None:
-    requests = play(2, fifo=True)  # the second waits for the first one's call
-    requests.dying = requests.threads[1]
-    requests.threads[1].join(60)
+def defect(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("a defect of the service")
+
+
+@pytest.mark.parametrize("place", ["clock", "pause", "result_of", "detail_of"])
+def test_exception_in_a_sender_leaves_no_request_without_an_outcome(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    requests = play(13, calls=2)
+    if place in ("clock", "pause"):
+        setattr(requests, place, defect)
+    else:
+        monkeypatch.setattr(app, place, defect)
+    requests.end_call(failure="throttled")
+    monkeypatch.undo()
+    requests.clock, requests.pause = lambda: requests.now, lambda: None
+    requests.end_all()
+    assert " " not in requests.outcomes
+    requests.now += 1
+    for _ in range(13):
+        requests.submit()
+    assert len(requests.queue.calls) == 2, "no call is counted that has ended"
+    requests.end_all()
+    assert requests.outcomes[13:] == "s" * 13
+    assert_kept(requests)
+
+
+@pytest.mark.parametrize("waiting", [0, 11])
+def test_executor_without_a_thread_leaves_no_request_without_an_outcome(waiting: int) -> None:
+    requests = play(waiting, calls=8)
+    requests.tasks.is_down = True
+    for _ in range(3):
+        requests.submit()  # starts a call: the first one, or one with ten messages
+    requests.tasks.is_down = False
     requests.submit()
     requests.end_all()
-    assert list(requests.answers.values())[1] == ["its thread ended"]
-    assert requests.outcomes == "sss"
+    assert " " not in requests.outcomes
+    assert requests.outcomes[-1] == "s"
 
 
 # --- SQS is down ----------------------------------------------------------------------------------
@@ -499,7 +554,7 @@ PROBE_TIME = app.Publisher.PROBE_SECONDS
 def test_one_message_at_a_time_probes_while_sqs_is_down() -> None:
     requests = play(*DOWN, 3, calls=8)
     assert (requests.outcomes, requests.probes) == ("qqqq", [])
-    requests.wait(PROBE_TIME)
+    requests.now += PROBE_TIME
     for _ in range(3):
         requests.submit()
     assert (requests.outcomes, requests.probes) == ("qqqq qq", [True])
@@ -509,25 +564,31 @@ def test_one_message_at_a_time_probes_while_sqs_is_down() -> None:
 
 
 def test_earlier_call_that_fails_starts_no_second_probe() -> None:
-    requests = play(2, "no answer", calls=8, threads=2)  # its probe begins
+    requests = play(2, "no answer", calls=8)  # its probe begins
     assert requests.probes == [False, True]
     requests.end_call(failure="no answer")
-    requests.wait(PROBE_TIME)
+    requests.now += PROBE_TIME
     requests.submit()
     assert requests.probes == [True]
     requests.end_all()
 
 
-@pytest.mark.parametrize("answer", [OK, "refused"])
-def test_any_answer_closes_the_circuit(answer: str) -> None:
+@pytest.mark.parametrize("answer", [OK, "refused", "denied", [FAULT]], ids=str)
+def test_any_answer_closes_the_circuit(answer: Step) -> None:
     requests = play(*DOWN, 1.0, 1, answer, 1)
     assert requests.probes == [False]
     requests.end_all()
     assert requests.outcomes[2:] == "s"
 
 
-def test_timeout_beside_an_answer_refuses_nobody() -> None:
-    requests = play(2, calls=8, threads=2)
+@pytest.mark.parametrize("failure", ["server error", "throttled", "no answer", "garbled"])
+def test_probe_that_fails_leaves_the_circuit_open(failure: str) -> None:
+    requests = play(*DOWN, 1.0, 1, failure, 1)
+    assert (requests.outcomes, requests.probes) == ("qqq", [])
+
+
+def test_timeout_beside_an_answer_rejects_no_message() -> None:
+    requests = play(2, calls=8)
     requests.end_call(1)
     requests.end_call(0, failure="no answer")
     assert requests.probes == [False]
@@ -544,7 +605,13 @@ def test_ten_failed_calls_in_a_row_open_the_circuit(failure: str) -> None:
     assert (requests.outcomes, requests.probes) == ("qqqqq", [])
 
 
-# --- Logs -----------------------------------------------------------------------------------------
+def test_failures_with_an_answer_between_them_leave_the_circuit_closed() -> None:
+    requests = play(*[1, *["server error"] * 3] * 3, 1, OK, 1, "server error")
+    assert requests.probes == [False]
+    requests.end_all()
+
+
+# --- Logs and metrics -----------------------------------------------------------------------------
 
 
 def test_outage_is_logged_at_its_beginning_and_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -566,6 +633,12 @@ def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFix
     assert all(cause in line.cause for cause, line in zip(causes, logged, strict=True))
 
 
+def test_message_that_waited_too_long_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    play(2, 61.0, OK)
+    (line,) = caplog.records
+    assert (line.cause, line.request_ids) == ("out of time", ["request-1"])  # type: ignore[attr-defined]
+
+
 def test_calls_are_counted_by_result_with_their_messages() -> None:
     def counted() -> list[float]:
         name, results = "email_processor_sqs_calls_total", ("success", "partial", "unavailable")
@@ -578,50 +651,42 @@ def test_calls_are_counted_by_result_with_their_messages() -> None:
     assert grown == [2, 1, 1, 1 + 3 + 1 + 1]
 
 
-# --- Seeing the queue -----------------------------------------------------------------------------
+# --- The queue's limit ----------------------------------------------------------------------------
 
 
-class Look:
-    """A queue that is looked at until the end is set, and is then not there, or has its limit."""
-
-    def __init__(self, fails: bool) -> None:
-        self.fails, self.begun, self.end, self.number = (
-            fails,
-            threading.Event(),
-            threading.Event(),
-            0,
-        )
-        self.limit = app.QueueLimit(self, QUEUE)
-
-    def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
-        self.number += 1
-        self.begun.set()
-        assert self.end.wait(60)
-        if self.fails:
-            raise FAILURES["no answer"][0]
-        return {"Attributes": {"MaximumMessageSize": str(LIMIT)}}
+def test_limit_is_read_again_before_a_message_is_rejected_for_its_size() -> None:
+    requests = Requests(limit=1000)
+    requests.queue.limit = 3000
+    steps = [(0.0, 2000, "m"), (5.0, 2000, "s"), (0.0, 3500, "m"), (5.0, 3500, "m")]
+    for passed, size, outcome in steps:
+        requests.now += passed
+        requests.submit(size)
+        requests.end_all()
+        assert requests.outcomes[-1] == outcome, (passed, size)
+    assert requests.queue.reads == 3, "once in five seconds"
+    assert "the queue takes 3000." in requests.error().message
 
 
-def test_requests_share_the_first_look_at_the_queue() -> None:
-    look = Look(fails=False)
-    with ThreadPoolExecutor(5) as pool:
-        found = [pool.submit(look.limit.bytes) for _ in range(5)]
-        look.end.set()
-    assert {each.result() for each in found} == {LIMIT}
-    assert look.number == 1
+def test_unknown_limit_lets_sqs_decide() -> None:
+    requests = Requests(limit=FAILURES["denied"][0], calls=8)
+    assert requests.publisher.problem == "sqs:GetQueueAttributes failed: AccessDenied"
+    for size in (0, 2000):
+        requests.submit(size)
+    requests.end_call(1, failure="too large")
+    requests.end_all()
+    assert requests.outcomes == "sm"
+    assert requests.queue.reads == 1
+    requests.queue.limit = 1000
+    requests.now += 5
+    requests.submit(2000)
+    assert (requests.outcomes, requests.publisher.problem) == ("smm", None)
 
 
-def test_nobody_waits_for_a_queue_that_was_not_there() -> None:
-    look = Look(fails=True)
-    look.end.set()
-    with pytest.raises(app.ApiError):
-        look.limit.bytes()
-    for event in (look.begun, look.end):
-        event.clear()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(look.limit.bytes)
-        assert look.begun.wait(60)
-        other = pool.submit(look.limit.bytes)
-        assert isinstance(other.exception(timeout=20), app.ApiError)
-        assert not first.done()
-        look.end.set()
+def test_read_of_the_limit_is_made_in_the_executor() -> None:
+    requests = Requests()
+    requests.now += 5
+    requests.publisher.refresh_limit()
+    requests.publisher.refresh_limit()
+    assert requests.queue.reads == 1
+    requests.tasks.run_submitted()
+    assert requests.queue.reads == 2
