@@ -60,12 +60,9 @@ class Tasks(Executor):
 
     def __init__(self) -> None:
         self.submitted: deque[Callable[[], Any]] = deque()
-        self.is_down = False  # as an executor that cannot start a thread
         self._paused = threading.Semaphore(0)
 
     def submit(self, task: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
-        if self.is_down:
-            raise RuntimeError("can't start new thread")
         self.submitted.append(partial(task, *arguments, **options))
         return Future()
 
@@ -529,19 +526,6 @@ def test_exception_in_a_sender_leaves_no_request_without_an_outcome(
     requests.end_all()
     assert requests.outcomes[13:] == "s" * 13
     assert_kept(requests)
-
-
-@pytest.mark.parametrize("waiting", [0, 11])
-def test_executor_without_a_thread_leaves_no_request_without_an_outcome(waiting: int) -> None:
-    requests = play(waiting, calls=8)
-    requests.tasks.is_down = True
-    for _ in range(3):
-        requests.submit()  # starts a call: the first one, or one with ten messages
-    requests.tasks.is_down = False
-    requests.submit()
-    requests.end_all()
-    assert " " not in requests.outcomes
-    assert requests.outcomes[-1] == "s"
 
 
 # --- SQS is down ----------------------------------------------------------------------------------
