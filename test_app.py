@@ -23,13 +23,14 @@ import sys
 import threading
 import time
 import tracemalloc
+import urllib.request
 import uuid
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from queue import SimpleQueue
 from typing import Any
 from unittest.mock import Mock
 
@@ -37,6 +38,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from moto import mock_aws
+from werkzeug.serving import make_server
 from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 import app
@@ -61,11 +63,36 @@ GET_PATHS = ["/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"]
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
-        self.asked = threading.Event()
 
     def __call__(self) -> float:
-        self.asked.set()
         return self.now
+
+
+class Tasks(Executor):
+    """Runs each task at once, in the caller's thread; or when the test says so, if `held`."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self.waiting = SimpleQueue[Callable[[], None]]()
+
+    def submit(self, task: Any, /, *arguments: Any, **_: Any) -> Future[Any]:
+        future = Future[Any]()
+
+        def run() -> None:
+            try:
+                future.set_result(task(*arguments))
+            except Exception as error:
+                future.set_exception(error)
+
+        if self.held:
+            self.waiting.put(run)
+        else:
+            run()
+        return future
+
+    def run_next(self) -> None:
+        """Run the next task that is held, once it is submitted."""
+        self.waiting.get(timeout=20)()
 
 
 def give(answer: Any, arguments: dict[str, Any]) -> Any:
@@ -157,10 +184,15 @@ class Service:
     """The application between its doubles, as its client and its operator see it."""
 
     def __init__(self, ssm: Any = None, sqs: Any = None, **changes: Any) -> None:
-        self.ssm, self.sqs, self.clock = ssm or Ssm(), sqs or Sqs(), Clock()
-        settings = app.Settings(**{"sqs_queue_url": QUEUE_URL, **changes})
+        self.ssm, self.sqs = ssm or Ssm(), sqs or Sqs()
+        self.tasks, self.clock = Tasks(), Clock()
         self.app = app.create_app(
-            settings, ssm=self.ssm, sqs=self.sqs, clock=self.clock, pause=lambda _: None
+            app.Settings(**{"sqs_queue_url": QUEUE_URL, **changes}),
+            ssm=self.ssm,
+            sqs=self.sqs,
+            executor=self.tasks,
+            clock=self.clock,
+            pause=lambda _: None,
         )
 
     def ask(self, method: str, path: str, **options: Any) -> TestResponse:
@@ -307,10 +339,11 @@ def test_valid_request_puts_its_message_into_the_queue(queue: Queue) -> None:
 
 def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_aws(monkeypatch)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     service = Service()
     without_doubles = app.create_app(app.Settings(sqs_queue_url=QUEUE_URL))
-    assert (service.ssm.reads, service.sqs.calls, threading.active_count()) == (0, 0, threads)
+    assert (service.ssm.reads, service.sqs.calls) == (0, 0)
+    assert set(threading.enumerate()) <= threads
     assert without_doubles.test_client().get("/health").status_code == 200
 
 
@@ -359,6 +392,19 @@ def test_not_ready_names_the_parameter_that_is_missing_and_the_one_that_is_empty
     assert "read yet: SSM does not have /gone; there is no token in /empty" in message
 
 
+def test_ready_waits_for_no_call_of_aws(service: Service) -> None:
+    service.tasks.held = True
+    for _ in range(2):
+        message = refusal(service.get("/ready"), "token_store_unavailable")["message"]
+        assert "sqs:GetQueueAttributes is in progress" in message
+    assert (service.ssm.reads, service.sqs.calls) == (0, 0)
+    for _ in range(3):
+        service.tasks.run_next()
+    assert service.get("/ready").status_code == 200
+    assert (service.ssm.reads, service.sqs.calls) == (1, 1)
+    assert service.tasks.waiting.empty()
+
+
 def test_ready_turns_200_when_what_was_missing_is_there() -> None:
     service = Service(Ssm(DENIED), Sqs(attributes=DENIED))
     for _ in range(3):
@@ -368,6 +414,7 @@ def test_ready_turns_200_when_what_was_missing_is_there() -> None:
     service.clock.now += 5
     refusal(service.get("/ready"), "queue_unavailable")
     service.sqs.attributes = maximum("1024")
+    service.clock.now += 5
     calls = service.sqs.calls
     for _ in range(3):
         assert service.get("/ready").status_code == 200
@@ -381,6 +428,7 @@ def test_ready_stays_200_in_a_later_outage(service: Service) -> None:
     for answer, accepted in ((DOWN, True), (NO_PARAMETER, False)):
         service.ssm.answer = answer
         service.clock.now += 1000
+        service.accepts(TOKEN)  # starts the read
         assert service.accepts(TOKEN) == accepted
         assert service.get("/ready").status_code == 200
 
@@ -573,34 +621,32 @@ def test_body_one_byte_over_the_limit_is_413(declared: bool) -> None:
     assert len(service.sqs.messages) == 1
 
 
-@each_framing
 @pytest.mark.parametrize(
-    ("path", "code"), [("/process", "request_too_large"), ("/nowhere", "not_found")]
-)
-def test_unwanted_body_is_read_to_its_end(path: str, code: str, declared: bool) -> None:
-    stream = io.BytesIO(b"x" * 500_000)
-    service = Service(max_request_bytes=100)
-    refusal(service.post_stream(stream, 500_000 if declared else None, path=path), code)
-    assert stream.read() == b"", "what is not read would be taken for the next request"
-
-
-RESET = Mock(read=Mock(side_effect=ConnectionResetError))
-
-
-@pytest.mark.parametrize(
-    ("stream", "length", "late", "code"),
+    ("stream", "length"),
     [
-        (io.BytesIO(BODY), len(BODY) + 1, False, "invalid_json"),
-        (RESET, len(BODY), False, "invalid_json"),
-        (io.BytesIO(BODY), len(BODY) + 1, True, "request_timeout"),
-        (RESET, None, True, "request_timeout"),
+        (io.BytesIO(BODY), len(BODY) + 1),
+        (Mock(read=Mock(side_effect=ConnectionResetError)), len(BODY)),
+        (Mock(read=Mock(side_effect=ConnectionResetError)), None),
     ],
 )
-def test_body_that_breaks_off_is_400_or_when_late_408(
-    service: Service, stream: Any, length: int | None, late: bool, code: str
+def test_truncated_body_is_400(service: Service, stream: Any, length: int | None) -> None:
+    refusal(service.post_stream(stream, length), "invalid_json")
+    assert not service.sqs.messages
+
+
+@pytest.mark.parametrize("code", ["request_too_large", "request_timeout", "overloaded"])
+def test_body_that_the_worker_has_not_received_is_its_error(
+    service: Service, log_at: LogAt, code: str
 ) -> None:
-    worker = {"gunicorn.socket": SimpleNamespace(late=late)}
-    refusal(service.post_stream(stream, length, **worker), code)
+    environ = {"worker.error": app.ApiError(code, cause="the worker's")}
+    lines, stream = log_at("INFO"), io.BytesIO(BODY)
+    refusal(service.post_stream(stream, len(BODY), **environ), code)
+    assert stream.tell() == 0
+    (line,) = lines()
+    assert (line["error"], line["cause"]) == (code, "the worker's")
+    # Such a request is answered as any other where its body is not wanted.
+    refusal(service.post_stream(stream, len(BODY), "/nowhere", **environ), "not_found")
+    refusal(service.post_stream(stream, len(BODY), "/health", **environ), "method_not_allowed")
     assert not service.sqs.messages
 
 
@@ -917,19 +963,20 @@ def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
 # --- The queue ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("operation", "answer"),
-    [
-        *(("sent", answer) for answer in (DOWN, NO_CODE, {}, {"MessageId": None}, [])),
-        *(("attributes", answer) for answer in (DENIED, {}, {"Attributes": "x"}, maximum("x"))),
-    ],
-)
-def test_queue_that_fails_is_503_until_it_answers(operation: str, answer: Any) -> None:
-    service = Service(sqs=Sqs(**{operation: answer}))
+@pytest.mark.parametrize("answer", [DOWN, NO_CODE, {}, {"MessageId": None}, []])
+def test_queue_that_fails_is_503_until_it_answers(answer: Any) -> None:
+    service = Service(sqs=Sqs(answer))
     assert "as AWS puts it" not in service.refuses("queue_unavailable")["message"]
     service.clock.now += 1
-    service.sqs.sent, service.sqs.attributes = {"MessageId": "later"}, maximum("1024")
+    service.sqs.sent = {"MessageId": "later"}
     assert service.post().get_json()["message_id"] == "later"
+
+
+@pytest.mark.parametrize("answer", [DENIED, {}, {"Attributes": "x"}, maximum("x")])
+def test_queue_whose_limit_cannot_be_read_takes_messages(answer: Any) -> None:
+    service = Service(sqs=Sqs(attributes=answer))
+    assert service.post().status_code == 200
+    refusal(service.get("/ready"), "queue_unavailable")
 
 
 # --- The unforeseen -------------------------------------------------------------------------------
@@ -1015,6 +1062,8 @@ def test_rotated_token_ends_the_old_one(cached: Service, passed: float) -> None:
     cached.clock.now += passed
     if passed < 60:
         assert cached.accepts("new"), "at once"
+    else:
+        assert cached.accepts("old"), "while the read that it starts is in progress"
     assert not cached.accepts("old")
     assert cached.grown(before)['token_reads_total{result="success"}'] == 1
 
@@ -1108,6 +1157,7 @@ def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixtur
     assert service.accepts("b")
     del service.ssm.values["/b"]
     service.clock.now += 60
+    assert service.accepts("a")
     assert not service.accepts("b")
     assert service.accepts("a")
     (warning,) = caplog.records
@@ -1118,6 +1168,7 @@ def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixtur
 def test_only_parameter_deleted_is_no_outage(cached: Service) -> None:
     cached.ssm.answer = {"Parameters": [], "InvalidParameters": ["/old"]}
     cached.clock.now += 60
+    cached.accepts("old")  # starts the read
     assert not cached.accepts("old")
     cached.ssm.answer = None
     cached.clock.now += 5
@@ -1165,69 +1216,156 @@ def test_slow_failure_of_ssm_costs_a_request_one_read() -> None:
     assert service.ssm.reads == 1
 
 
-class ReadUnderWay:
-    """Another thread is inside of its read of SSM until the gate is opened."""
-
-    def __init__(self, service: Service, token: str) -> None:
-        self.service, self.entered, self.gate = service, threading.Event(), threading.Event()
-        service.ssm.answer = self.answer
-        self.pool = ThreadPoolExecutor()
-        self.reading = self.accepts(token)
-
-    def answer(self, **arguments: Any) -> Any:
-        self.entered.set()
-        assert self.gate.wait(20)
-        return self.service.ssm.find(**arguments)
-
-    def accepts(self, token: str) -> Any:
-        """What a further thread finds; it has looked at the clock when this returns."""
-        self.service.clock.asked.clear()
-        answer = self.pool.submit(self.service.accepts, token)
-        assert self.service.clock.asked.wait(20)
-        return answer
-
-    def __enter__(self) -> "ReadUnderWay":
-        assert self.entered.wait(20)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.gate.set()
-        self.pool.shutdown()
-
-
-def test_early_read_keeps_no_other_thread_waiting(cached: Service) -> None:
-    cached.clock.now += 59.9
-    with ReadUnderWay(cached, "old") as other:
-        assert all(other.accepts("old").result(timeout=20) for _ in range(4))
-        assert not other.reading.done()
-        assert cached.ssm.reads == 2
+@pytest.mark.parametrize("passed", [59.9, 1000])
+def test_known_token_counts_while_it_is_read_again(cached: Service, passed: float) -> None:
+    cached.ssm.values, cached.tasks.held = {"/old": "new"}, True
+    cached.clock.now += passed
+    assert all(cached.accepts("old") for _ in range(3))
+    cached.tasks.run_next()
+    assert (cached.accepts("old"), cached.accepts("new")) == (False, True)
+    assert cached.ssm.reads == 2
+    assert cached.tasks.waiting.empty()
 
 
 @pytest.mark.parametrize("loaded", [True, False])
-def test_threads_with_too_old_a_cache_share_one_read(loaded: bool) -> None:
+def test_requests_with_an_unknown_token_wait_for_one_read(loaded: bool) -> None:
     service = holding("old")
     if loaded:
         assert service.accepts("old")
-        service.ssm.values = {"/old": "new"}
-        service.clock.now += 60
-    reads = service.ssm.reads
-    with ReadUnderWay(service, "old") as other:
-        waiting = [other.accepts("old") for _ in range(4)]
-        other.gate.set()
-        answers = {answer.result(timeout=20) for answer in (other.reading, *waiting)}
-    assert answers == {not loaded}, "nobody goes by the old cache"
+        service.clock.now += 5
+    service.ssm.values, reads = {"/old": "new"}, service.ssm.reads
+    service.tasks.held = True
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(service.accepts, token) for token in ("new", "new", "guess")]
+        service.tasks.run_next()
+        assert [answer.result(timeout=20) for answer in waiting] == [True, True, False]
     assert service.ssm.reads == reads + 1
+    assert service.tasks.waiting.empty()
 
 
-def test_nobody_waits_for_an_ssm_that_is_known_to_fail(cached: Service) -> None:
-    cached.ssm.answer = DOWN
-    cached.clock.now += 60
-    assert cached.accepts("old")
-    cached.clock.now += 5
-    with ReadUnderWay(cached, "old") as other:
-        assert other.accepts("old").result(timeout=20)
-        assert not other.accepts("guess").result(timeout=20)
-        assert not other.reading.done()
+@pytest.mark.parametrize("loaded", [True, False])
+def test_one_request_at_a_time_waits_for_an_ssm_that_is_known_to_fail(loaded: bool) -> None:
+    service = holding("old")
+    if loaded:
+        assert service.accepts("old")
+    service.ssm.answer = DOWN
+    service.clock.now += 60
+    service.post(envelope(None, "guess"))
+    service.clock.now += 5
+    service.tasks.held = True
+    code = "invalid_token" if loaded else "token_store_unavailable"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(service.post, envelope(None, "guess"))
+        run = service.tasks.waiting.get(timeout=20)
+        refusal(service.post(envelope(None, "guess")), code)
+        assert not loaded or service.accepts("old")
+        assert not first.done()
+        run()
+        refusal(first.result(timeout=20), code)
+
+
+# --- The response that waits for SQS --------------------------------------------------------------
+
+
+def begin(service: Service, **headers: str) -> tuple[Any, list[Any]]:
+    """The WSGI iterable of a POST whose message waits for SQS, and what start_response gets."""
+    service.tasks.held, started = True, list[Any]()
+    builder = EnvironBuilder(
+        "/process", method="POST", data=BODY, content_type="application/json", headers=headers
+    )
+    return service.app(builder.get_environ(), lambda *given: started.append(given)), started
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"), [(None, 200, "success"), (DENIED, 503, "queue_unavailable")]
+)
+def test_response_that_waits_for_sqs_frees_its_thread(
+    service: Service, log_at: LogAt, sent: Any, status: int, code: str
+) -> None:
+    assert service.post().status_code == 200  # the token is read
+    service.sqs.sent, lines, called = sent or service.sqs.sent, log_at("INFO"), list[Any]()
+    before = service.metrics()
+    body, started = begin(service, **{"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE})
+    body.add_done_callback(called.append)
+    assert (called, started, lines()) == ([], [], [])
+    assert service.grown(before)["requests_in_flight"] == 1
+    with ThreadPoolExecutor(1) as other_thread:  # which has no context of Flask's
+        other_thread.submit(service.tasks.run_next).result(timeout=20)
+        assert len(called) == 1
+        response = json.loads(b"".join(other_thread.submit(list, body).result(timeout=20)))
+    ((status_line, headers),) = started
+    assert (int(status_line.split()[0]), response.get("error", "success")) == (status, code)
+    assert dict(headers)["X-Request-Id"] == "r-1"
+    assert ("Retry-After" in dict(headers)) == (status == 503)
+    (line,) = [line for line in lines() if line["message"] == "request"]
+    assert (line["status"], line["request_id"], line["trace_id"]) == (status, "r-1", TRACE_ID)
+    grown = service.grown(before)
+    # The metrics have been read twice since then.
+    assert outcomes(**{code: 3 if status == 200 else 1}).items() <= grown.items()
+    assert "requests_in_flight" not in grown
+    assert grown["request_duration_seconds_count"] == 1
+
+
+def test_other_servers_wait_for_the_response(service: Service) -> None:
+    assert service.post().status_code == 200
+    service.tasks.held = True
+    server = make_server("127.0.0.1", 0, service.app, threaded=True)
+    server.RequestHandlerClass.log_request = lambda *_: None  # type: ignore[method-assign]
+
+    def post_to_server() -> int:
+        url, headers = (
+            f"http://127.0.0.1:{server.port}/process",
+            {"Content-Type": "application/json"},
+        )
+        request = urllib.request.Request(url, BODY, headers)
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=20) as response:
+            assert json.load(response)["status"] == "success"
+            return int(response.status)
+
+    with server, ThreadPoolExecutor() as pool:
+        pool.submit(server.serve_forever, 0.01)
+        try:
+            for ask in (lambda: service.post().status_code, post_to_server):
+                status = pool.submit(ask)
+                run = service.tasks.waiting.get(timeout=20)
+                assert not status.done()
+                run()
+                assert status.result(timeout=20) == 200
+        finally:
+            server.shutdown()
+
+
+def test_request_is_recorded_once_on_every_path(service: Service, log_at: LogAt) -> None:
+    def defect() -> None:
+        raise RuntimeError
+
+    service.app.add_url_rule("/defect", view_func=defect)
+    lines = log_at("DEBUG")
+    asked: list[tuple[str, Callable[[], Any]]] = [
+        ("success", service.post),
+        ("success", lambda: service.get("/health")),
+        ("invalid_json", lambda: service.post(b"{")),
+        ("not_found", lambda: service.get("/nowhere")),
+        ("method_not_allowed", lambda: service.get("/process")),
+        ("internal_error", lambda: service.get("/defect")),
+        ("queue_unavailable", lambda: Service(sqs=Sqs(DENIED)).post()),
+        ("invalid_json", lambda: service.app.reject(app.ApiError("invalid_json"), ENVIRON)),
+    ]
+    for outcome, ask in asked:
+        before, _ = service.metrics(), lines()
+        assert ask().status_code == (200 if outcome == "success" else app.ERRORS[outcome][0])
+        recorded = [
+            line.get("error", "success") for line in lines() if line["message"] == "request"
+        ]
+        assert recorded == [outcome]
+        counted = service.grown(before)
+        counted = {name: n for name, n in counted.items() if name.startswith("requests_total")}
+        counted['requests_total{outcome="success"}'] -= 1  # of the metrics themselves
+        assert {name: n for name, n in counted.items() if n} == outcomes(**{outcome: 1})
+
+
+ENVIRON = {"REQUEST_METHOD": "", "PATH_INFO": "", "REMOTE_ADDR": "127.0.0.1"}
 
 
 # --- The message ----------------------------------------------------------------------------------
@@ -1460,20 +1598,17 @@ def test_request_gives_one_line_with_documented_fields(service: Service, log_at:
     assert refused == {**always, **untraced, "status": 401, "error": "invalid_token"}
 
 
-@pytest.mark.parametrize("failing", ["token", "queue", "message"])
-def test_every_line_of_a_request_tells_its_id_and_trace(log_at: LogAt, failing: str) -> None:
-    def fail(**_: Any) -> None:
+def test_every_line_of_a_request_tells_its_id_and_trace(service: Service, log_at: LogAt) -> None:
+    def view() -> None:
         logging.getLogger("botocore").error("another library's, inside of the request")
-        raise DENIED
+        raise app.ApiError("internal_error")
 
-    ssm = Ssm(fail if failing == "token" else None)
-    service = Service(ssm, Sqs(fail, fail if failing == "queue" else None))
+    service.app.add_url_rule("/view", view_func=view)
     lines = log_at("INFO")
-    headers = {"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE}
-    assert service.post(headers=headers).status_code == 503
+    service.get("/view", headers={"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE})
     logging.getLogger("botocore").error("another library's, outside of it")
     *inside, outside = lines()
-    assert {"botocore", "email_processor"} == {line["logger"] for line in inside}
+    assert [line["logger"] for line in inside] == ["botocore", "email_processor"]
     assert {(line["request_id"], line["trace_id"]) for line in inside} == {("r-1", TRACE_ID)}
     assert not {"request_id", "trace_id"} & outside.keys()
 
@@ -1525,7 +1660,7 @@ SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("invalid_timestamp", SECRET.replace(b"1693561101", b"SECRET"), {}),
     ("message_too_large", SECRET.replace(b"SECRET-email_sender", b"SECRET" * 400), {}),
     ("token_store_unavailable", SECRET, {"ssm": QUOTING}),
-    ("queue_unavailable", SECRET, {"attributes": maximum("SECRET")}),
+    ("success", SECRET, {"attributes": maximum("SECRET")}),
     ("queue_unavailable", SECRET, {"sent": QUOTING}),
 ]
 
