@@ -106,10 +106,11 @@ class ReceivedRequest:
             if name.lower() == b"content-length":
                 lengths.append(value)
             elif name.lower() == b"transfer-encoding":
-                codings.append(value.lower().rpartition(b",")[2].strip())
+                codings += [coding.strip() for coding in value.lower().split(b",")]
             else:
                 self.expects_continue = is_valid = value.lower() == b"100-continue"
-        if is_valid and codings[-1:] == [b"chunked"] and not lengths:
+        is_chunked = codings[-1:] == [b"chunked"] and codings.count(b"chunked") == 1
+        if is_valid and is_chunked and not lengths:
             self._body_bytes = None
         elif is_valid and len(lengths) == 1 and lengths[0].isdigit() and not codings:
             self._body_bytes = int(lengths[0].lstrip(b"0")[:20] or b"0")
