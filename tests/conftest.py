@@ -160,6 +160,10 @@ class Client:
         """Whether the server says 100 to `Expect: 100-continue`: it has read the head, no more."""
         return self._file.readline().split()[1] == b"100" and self._file.readline() == b"\r\n"
 
+    def rest(self) -> bytes:
+        """Everything until the server ends the connection, interim responses included."""
+        return self._file.read()
+
     def is_closed(self, seconds: float = WAIT) -> bool:
         """Whether the server ends the connection within the time, with nothing more to read."""
         self.sock.settimeout(seconds)
