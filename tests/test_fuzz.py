@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import schemathesis
 from botocore.exceptions import ClientError
 from conftest import BODY, DATA, TOKEN, Answer
+from gunicorn.config import Config
+from gunicorn.http.parser import RequestParser
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 import app
+from worker import ReceivedRequest
 
 JSON = {"Content-Type": "application/json"}
 # The same examples in every run, and no verdict that depends on the machine's speed.
@@ -281,6 +286,167 @@ def test_any_method_of_any_path_is_answered_or_404_or_405(
     assert (answer.status == 404) == (path not in KNOWN)
     assert (answer.status == 405) == ("Allow" in answer.headers)
     assert method not in answer.headers.get("Allow", "").split(", ")
+
+
+# --- Which bytes are a request --------------------------------------------------------------------
+
+LIMIT = 100  # of a body, in bytes
+PARSER_CONFIG = Config()
+for name, value in {"limit_request_line": 8190, "forwarded_allow_ips": "*"}.items():
+    PARSER_CONFIG.set(name, value)
+
+
+class Received:
+    """Bytes as a socket of Gunicorn's parser, which may ask for more than there are."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self.data, self.needs_more = bytes(data), False
+
+    def recv(self, size: int) -> bytes:
+        piece, self.data = self.data[:size], self.data[size:]
+        self.needs_more |= not piece
+        return piece
+
+
+@dataclass
+class View:
+    """What Gunicorn's parser makes of received bytes."""
+
+    requests: list[tuple[str, str, bytes]]  # method, target and body, until one is rejected
+    needs_more: bool
+    rest: bytes
+    closes: bool = False
+
+    @classmethod
+    def of(cls, data: bytes | bytearray, most: int = 1) -> View:
+        received = Received(data)
+        parser, requests = RequestParser(PARSER_CONFIG, received, ("127.0.0.1", 1)), []
+        with suppress(Exception):
+            while len(requests) < most:
+                request = next(parser)
+                body = request.body.read()
+                if received.needs_more:  # it is truncated
+                    break
+                requests.append((request.method, request.uri, body))
+        rest = parser.unreader.take_buffered() + received.data
+        closes = bool(requests) and parser.mesg.should_close()
+        return cls(requests, received.needs_more, rest, closes)
+
+
+FRAMINGS = st.sampled_from(
+    [
+        *("Content-Length: 5", "content-length:5 ", "Content-Length: 005", "Content-Length: 0"),
+        *("Content-Length: +5", "Content-Length: 5, 5", "Content-Length: 6", "Content-Length: "),
+        *("Content-Length: 101", "Content-Length : 5", "Content_Length: 5", "Content-Length: \xb2"),
+        *("Transfer-Encoding: chunked", "transfer-encoding:\tCHUNKED", "Transfer-Encoding: gzip"),
+        *("Transfer-Encoding: gzip, chunked", "Transfer-Encoding: chunked, chunked"),
+        *("Transfer-Encoding: identity", "Transfer-Encoding:\r\n chunked", "Transfer-Encoding: x"),
+        *("Expect: 100-continue", "Expect: wonders", "Host: a", "A: b", "A: Content-Length: 5"),
+    ]
+).map(lambda header: header.encode("latin-1") + b"\r\n")
+CHUNKS = st.lists(
+    st.tuples(st.sampled_from([b"", b"", b"", b";a", b" ; a=b", b';a="b"']), st.binary(max_size=20))
+    .filter(lambda chunk: bool(chunk[1]))
+    .map(lambda chunk: b"%x%b\r\n%b\r\n" % (len(chunk[1]), *chunk)),
+    max_size=4,
+).map(b"".join)
+TRAILERS = st.sampled_from([b"", b"", b"A: b\r\n", b"A: b\r\nC: d\r\n", b"A\r\n"])
+CHUNKED = st.tuples(CHUNKS, st.sampled_from([b"0", b"00", b"0;a"]), TRAILERS).map(
+    lambda parts: b"%b%b\r\n%b\r\n" % parts
+)
+
+
+@st.composite
+def wire_requests(draw: st.DrawFn) -> bytes:
+    """A request as it is sent; most are well-formed."""
+    line = draw(st.sampled_from([b"POST /a HTTP/1.1", b"GET / HTTP/1.1", b"PUT /b HTTP/1.0"]))
+    kind = draw(st.sampled_from(["length", "length", "chunked", "chunked", "none", "any"]))
+    if kind == "length":
+        body = draw(st.binary(max_size=LIMIT + 1))
+        return b"%b\r\nContent-Length: %d\r\n\r\n%b" % (line, len(body), body)
+    if kind == "chunked":
+        return b"%b\r\nTransfer-Encoding: chunked\r\n\r\n%b" % (line, draw(CHUNKED))
+    headers = draw(st.lists(FRAMINGS, max_size=3).map(b"".join)) if kind == "any" else b"A: b\r\n"
+    return b"%b\r\n%b\r\n%b" % (line, headers, draw(CHUNKED | st.just(b"12345") | st.just(b"")))
+
+
+ODD = [
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\r\n\r\n",
+    b" ",
+    b"\t",
+    b"0",
+    b"5",
+    b"f",
+    b";",
+    b":",
+    b",",
+    b"\0",
+    b"x",
+]
+
+
+@st.composite
+def streams(draw: st.DrawFn, requests: int) -> list[bytes]:
+    """The bytes of requests, sometimes damaged, in the pieces in which they arrive."""
+    stream = b"".join(draw(st.lists(wire_requests(), min_size=1, max_size=requests)))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        start = draw(st.integers(0, len(stream)))
+        length = draw(st.integers(0, 3))
+        stream = stream[:start] + draw(st.sampled_from([b"", *ODD])) + stream[start + length :]
+    cuts = draw(st.sets(st.integers(0, len(stream)), max_size=12) | st.just({*range(len(stream))}))
+    edges = sorted({0, *cuts, len(stream)})
+    return [stream[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def without_line_breaks(data: bytes) -> bytes:
+    return data.lstrip(b"\r\n")
+
+
+@settings(FUZZ, max_examples=800)
+@given(streams(1))
+def test_request_is_complete_when_gunicorns_parser_can_decide(pieces: list[bytes]) -> None:
+    request, view = ReceivedRequest(LIMIT), None
+    for piece in pieces:
+        request.data += piece if request.data else without_line_breaks(piece)
+        if not request.data:
+            continue
+        view = View.of(request.data)
+        if request.is_complete():
+            break
+        # It may wait, until its deadline, with what can only be rejected; never with a request.
+        assert view.requests == []
+    else:
+        return
+    if request.error:
+        assert request.error.code == "request_too_large"
+        assert [body for *_, body in view.requests if len(body) <= LIMIT] == []
+    elif view.needs_more:
+        # Only what can never become a request.
+        for more in (b"", b"\r\n", b"\r\n\r\n", b"A: b\r\n\r\n", b"0\r\n\r\n", b"\r\n0\r\n\r\n"):
+            assert View.of(request.data + more).requests == []
+
+
+@settings(FUZZ, max_examples=800)
+@given(streams(3))
+def test_pipelined_requests_are_split_as_by_gunicorns_parser(pieces: list[bytes]) -> None:
+    served, request = list[tuple[str, str, bytes]](), ReceivedRequest(LIMIT)
+    for piece in pieces:
+        request.data += piece if request.data else without_line_breaks(piece)
+        while request and request.data and request.is_complete():
+            view = View.of(request.data)
+            served += view.requests
+            if request.error or not view.requests or view.closes:
+                break
+            request = ReceivedRequest(LIMIT, without_line_breaks(view.rest))
+        else:
+            continue
+        break
+    whole = View.of(without_line_breaks(b"".join(pieces)), most=10).requests
+    assert served == whole[: len(served)]
+    assert len(served) == len(whole) or request.error
 
 
 # --- Metrics --------------------------------------------------------------------------------------
