@@ -306,16 +306,20 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def accept(self, listener: Any) -> None:
         """Accept the connections that wait, at most 64, so that the others have their turn."""
-        for _ in range(64):
-            if self.connections >= self.cfg.worker_connections and not self.close_oldest_idle():
-                self.set_accepting(False)  # until the next sweep
-                return
+        for number in range(64):
+            if self.connections >= self.cfg.worker_connections:
+                if number:  # none may wait: the next event tells
+                    return
+                if not self.close_oldest_idle():
+                    self.set_accepting(False)  # until the next sweep
+                    return
             try:
                 self.add_connection(listener)
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:  # no file, or no memory: without a pause this would be tried at once
-                self.close_oldest_idle()
+                if not number:  # else the oldest idle one may be new, with a request not yet read
+                    self.close_oldest_idle()
                 self.set_accepting(False)
                 return
 
