@@ -11,6 +11,7 @@ import http.server
 import json
 import random
 import re
+import select
 import socket
 import threading
 import time
@@ -43,17 +44,8 @@ pytestmark = pytest.mark.slow
 
 TOKEN_READ = "email_processor_token_read_timestamp_seconds"
 ONE = {"GUNICORN_WORKERS": "1"}
-MANY_THREADS = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "64"}
-PROFILES = {"4x2": {"GUNICORN_WORKERS": "4", "GUNICORN_THREADS": "2"}, "1x64": MANY_THREADS}
-
-
-def profiles(*short: str) -> pytest.MarkDecorator:
-    """The service's two profiles; in the short form those alone that are named."""
-    values = [
-        pytest.param(profile, id=name, marks=[] if name in short else [pytest.mark.full])
-        for name, profile in PROFILES.items()
-    ]
-    return pytest.mark.parametrize("profile", values)
+# Seconds until a call of AWS ends that gets no answer: /health waits for none.
+HANG = 3.0
 
 
 @dataclass
@@ -65,9 +57,9 @@ class Day:
     note: Callable[..., None]
     full: bool
 
-    def service(self, *profiles: dict[str, str], **variables: str) -> Service:
-        for profile in profiles:
-            variables = profile | variables
+    def service(self, *several: dict[str, str], **variables: str) -> Service:
+        for more in several:
+            variables = more | variables
         return self.start(**(self.fake.environment() | variables))
 
     def ledger(self, title: str, *loads: Load, statuses: set[int], notes: str = "") -> Ledger:
@@ -119,10 +111,9 @@ def with_token(token: str) -> bytes:
 # --- SQS ------------------------------------------------------------------------------------------
 
 
-@profiles("1x64")
-def test_healthy_day_queues_every_message(day: Day, profile: dict[str, str]) -> None:
+def test_healthy_day_queues_every_message(day: Day) -> None:
     number = 10_000 if day.full else 600
-    with day.service(profile) as service, Load(service.port, requests=number) as load:
+    with day.service() as service, Load(service.port, requests=number) as load:
         load.wait()
     ledger = day.ledger("healthy", load, statuses={200})
     assert load.sent >= number
@@ -152,7 +143,7 @@ def test_sqs_that_fails_a_share_of_calls_loses_no_message(
 
 
 def test_batch_entries_that_fail_fail_alone(day: Day) -> None:
-    with day.service(MANY_THREADS) as service:
+    with day.service() as service:
         assert service.ask(post()).status == 200
         day.fake.forget()
         day.fake.set(faults={"SendMessageBatch": {"kind": "fail_entries", "share": 0.1}})
@@ -164,10 +155,9 @@ def test_batch_entries_that_fail_fail_alone(day: Day) -> None:
     assert not ledger.twice
 
 
-@profiles("4x2", "1x64")
-def test_sqs_that_hangs_is_refused_at_once(day: Day, profile: dict[str, str]) -> None:
+def test_sqs_that_hangs_is_refused_at_once(day: Day) -> None:
     """Then it is back, but slower than before, then as it was."""
-    with day.service(profile) as service, Load(service.port) as load:
+    with day.service() as service, Load(service.port) as load:
         load.wait_for(64)
         # Connections that are lost stay silent, also when SQS is back.
         day.fake.set(faults={"SQS": {"kind": "hang", "for_good": True}})
@@ -175,6 +165,7 @@ def test_sqs_that_hangs_is_refused_at_once(day: Day, profile: dict[str, str]) ->
         down = time.monotonic()
         assert service.get("/health").status == 200
         onset = time.monotonic() - down
+        assert onset < HANG
         load.wait_for(64, 503)  # the first calls have timed out
         if day.full:
             time.sleep(20)
@@ -199,9 +190,8 @@ def test_sqs_that_hangs_is_refused_at_once(day: Day, profile: dict[str, str]) ->
     assert all(int(seconds) > 0 for seconds in load.retry_after)
 
 
-@profiles("1x64")
-def test_single_calls_that_hang_refuse_nobody_else(day: Day, profile: dict[str, str]) -> None:
-    with day.service(profile) as service:
+def test_single_calls_that_hang_refuse_nobody_else(day: Day) -> None:
+    with day.service() as service:
         eventually(lambda: service.ask(post()).status == 200)
         day.fake.forget()
         fault = {"kind": "hang", "share": 0.01}
@@ -211,8 +201,8 @@ def test_single_calls_that_hang_refuse_nobody_else(day: Day, profile: dict[str, 
     calls, slow = day.hung(), sum(seconds > 2 for _, seconds, _ in load.answers)
     notes = f"{calls} calls hung, {slow} answers took over 2 s"
     ledger = day.ledger("1% of SQS calls hang", load, statuses={200, 503}, notes=notes)
-    if profile is MANY_THREADS:  # two threads may hang at once: then SQS is down
-        assert ledger.statuses.get(503, 0) <= 10 * calls, "no more than have hung with them"
+    # A worker has two calls in flight. When both hang, SQS is down for its other messages.
+    assert ledger.statuses[200] / load.sent >= 0.9
 
 
 NO_QUEUE = "AWS.SimpleQueueService.NonExistentQueue"
@@ -246,12 +236,9 @@ def test_sqs_that_misbehaves_for_a_while_loses_nothing(service: Service, day: Da
         assert ledger.twice == 0 or name in ("loses its answer", "answers garbage")
 
 
-@profiles("4x2")
-def test_silent_name_servers_are_refused_at_once(
-    day: Day, name_server: NameServer, profile: dict[str, str]
-) -> None:
+def test_silent_name_servers_are_refused_at_once(day: Day, name_server: NameServer) -> None:
     endpoint = f"http://aws.email-processor.test:{day.fake.url.rpartition(':')[2]}"
-    service = day.service(profile, AWS_ENDPOINT_URL=endpoint)
+    service = day.service(AWS_ENDPOINT_URL=endpoint)
     service.command = [*name_server.command, *service.command]
     with service:
         with Load(service.port) as load:
@@ -262,8 +249,10 @@ def test_silent_name_servers_are_refused_at_once(
             load.wait_for(1, 503)
             first = time.monotonic() - begin
             eventually(lambda: any("SQS is down" in line["message"] for line in service.log()))
+            asked = time.monotonic()
             assert service.get("/health").status == 200
-            health = time.monotonic() - begin
+            health = time.monotonic() - asked
+            assert health < HANG
             load.wait_for(1500, 503)
             day.fake.set(faults={})
             assert service.get("/health").status == 200
@@ -287,10 +276,9 @@ def test_silent_name_servers_are_refused_at_once(
     day.ledger("name servers silent", load, statuses={200, 503}, notes=notes)
 
 
-@profiles("1x64")
-def test_queue_that_hangs_at_the_start_is_refused_to_all(day: Day, profile: dict[str, str]) -> None:
+def test_queue_that_hangs_at_the_start_is_refused_to_all(day: Day) -> None:
     day.fake.set(faults={"SQS": {"kind": "hang"}})
-    with day.service(profile) as service:
+    with day.service() as service:
         with Load(service.port, requests=64) as load:
             load.wait()
         calls, slowest = day.sends(), max(seconds for _, seconds, _ in load.answers)
@@ -310,17 +298,19 @@ def test_aws_out_of_reach_at_the_start_is_named_by_ready(
 ) -> None:
     day.fake.set(faults={operation: DENIED})
     with day.service(ONE, TOKEN_CACHE_SECONDS="1") as service:
-        ready = service.get("/ready")
-        assert (ready.status, ready.error) == (503, error)
-        assert f"{operation} failed: AccessDenied" in ready.json["message"]
-        assert service.ask(post()).error == error
+        failed = f"{operation} failed: AccessDenied"
+        eventually(lambda: failed in service.get("/ready").json.get("message", ""))
+        eventually(lambda: service.get("/ready").error == error)
+        # A queue whose limit is not known takes messages all the same.
+        answer = service.ask(post())
+        assert answer.status == 200 or answer.error == error == "token_store_unavailable"
         assert service.get("/health").status == 200
         assert bool(service.metrics()[TOKEN_READ]) == (operation != "GetParameters")
         day.fake.set(faults={})
         begin = time.monotonic()
         eventually(lambda: service.ask(post()).status == 200)
+        eventually(lambda: service.get("/ready").status == 200)
         seconds = time.monotonic() - begin
-        assert service.get("/ready").status == 200
         day.fake.set(faults={"*": {"kind": "hang"}})
         assert service.get("/ready").status == 200, "never turns back"
     day.note(f"{operation} refused at the start", f"served {seconds:.1f} s after it came back")
@@ -396,16 +386,20 @@ def test_credentials_that_do_not_come_hold_no_request(day: Day, tmp_path: Path) 
         try:
             with day.service(ONE, irsa, TOKEN_CACHE_SECONDS="1") as service:
                 begin = time.monotonic()
-                assert service.ask(post()).error == "token_store_unavailable"
+                with service.connect() as client:
+                    client.send(post())
+                    assert service.get("/health").status == 200
+                    health = time.monotonic() - begin
+                    assert health < HANG
+                    assert client.answer().error == "token_store_unavailable"
                 seconds = time.monotonic() - begin
-                assert service.get("/health").status == 200
                 sts.answers.set()
                 eventually(lambda: service.ask(post()).status == 200)
         finally:
             sts.answers.set()
             sts.shutdown()
             thread.join()
-    day.note("STS hangs", f"503 after {seconds:.1f} s")
+    day.note("STS hangs", f"503 after {seconds:.1f} s, /health after {health:.2f} s")
 
 
 def test_rotated_token_works_at_once(day: Day) -> None:
@@ -492,6 +486,53 @@ def test_slow_bodies_end_at_the_deadline(day: Day) -> None:
     assert others.statuses == {200: others.sent}
 
 
+def longest_health(service: Service, times: int = 20) -> float:
+    """Seconds; each on a connection of its own, as a probe makes it."""
+    longest = 0.0
+    for _ in range(times):
+        begin = time.monotonic()
+        assert service.get("/health").status == 200
+        longest = max(longest, time.monotonic() - begin)
+    return longest
+
+
+STALLS = {
+    "a length": post_head("Content-Length: 1000") + BODY,
+    "chunks": post_head("Transfer-Encoding: chunked") + chunk(BODY),
+    "a chunk's size": post_head("Transfer-Encoding: chunked") + b"f",
+    "trailers": post_head("Transfer-Encoding: chunked") + chunk(BODY) + b"0\r\nName: ",
+}
+
+
+def test_hundreds_of_stalled_bodies_delay_no_other_client(day: Day) -> None:
+    number = 200 if day.full else 75  # of each kind
+    with day.service(BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+        stalled = [stack.enter_context(service.connect()) for _ in range(number * len(STALLS))]
+        for client, part in zip(stalled, [*STALLS.values()] * number, strict=True):
+            client.send(part)
+        with Load(service.port, requests=20_000 if day.full else 1000) as others:
+            health = longest_health(service)
+            others.wait()
+        assert select.select([client.sock for client in stalled], [], [], 0)[0] == []
+    title = f"{len(stalled)} stalled bodies"
+    day.ledger(title, others, statuses={200}, notes=f"/health within {health:.2f} s")
+    assert health < HANG
+
+
+def test_overload_loses_nothing_and_leaves_health_alone(day: Day) -> None:
+    """Many more clients than a pod can serve, none of which pauses."""
+    clients = 500 if day.full else 250
+    with day.service() as service:
+        with Load(service.port, clients, requests=50_000 if day.full else 3000) as load:
+            load.wait_for(clients)
+            health = longest_health(service)
+            load.wait()
+    notes = f"/health within {health:.2f} s beside {clients} clients"
+    ledger = day.ledger("overload", load, statuses={200, 503}, notes=notes)
+    assert ledger.in_queue == ledger.acknowledged
+    assert health < HANG
+
+
 def test_slow_readers_hold_no_thread_and_are_closed(day: Day) -> None:
     ask = request_head("GET", "/docs/swagger-ui-bundle.js")
     variables = {"BODY_TIMEOUT_SECONDS": "1", "GUNICORN_THREADS": "1"}
@@ -514,15 +555,12 @@ def test_slow_readers_hold_no_thread_and_are_closed(day: Day) -> None:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-@profiles("4x2")
 @pytest.mark.parametrize("held_back", [False, True], ids=["at once", "after preStop"])
-def test_sigterm_under_load_answers_what_was_begun(
-    day: Day, held_back: bool, profile: dict[str, str]
-) -> None:
+def test_sigterm_under_load_answers_what_was_begun(day: Day, held_back: bool) -> None:
     """In the cluster, the pod leaves the load balancer, and the preStop sleep passes, before."""
     loads, seconds = [], []
     for _ in range(10 if day.full else 1):
-        with day.service(profile) as service, service.connect() as idle:
+        with day.service() as service, service.connect() as idle:
             assert idle.send(request_head("GET", "/health")).answer().status == 200
             with Load(service.port, hold_new_connections=held_back) as load:
                 load.wait_for(128)

@@ -405,7 +405,7 @@ def without_line_breaks(data: bytes) -> bytes:
     return data.lstrip(b"\r\n")
 
 
-@settings(FUZZ, max_examples=800)
+@settings(FUZZ, max_examples=250)
 @given(streams(1))
 def test_request_is_complete_when_gunicorns_parser_can_decide(pieces: list[bytes]) -> None:
     request, view = ReceivedRequest(LIMIT), None
@@ -429,7 +429,7 @@ def test_request_is_complete_when_gunicorns_parser_can_decide(pieces: list[bytes
             assert View.of(request.data + more).requests == []
 
 
-@settings(FUZZ, max_examples=800)
+@settings(FUZZ, max_examples=250)
 @given(streams(3))
 def test_pipelined_requests_are_split_as_by_gunicorns_parser(pieces: list[bytes]) -> None:
     served, request = list[tuple[str, str, bytes]](), ReceivedRequest(LIMIT)

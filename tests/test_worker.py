@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -12,18 +15,21 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from conftest import (
+    BODY,
     PROJECT,
+    TOKEN,
     WAIT,
     Aws,
     Client,
     Service,
     StartService,
+    chunk,
     environment,
     eventually,
     gunicorn,
@@ -32,19 +38,23 @@ from conftest import (
     post_head,
     request_head,
 )
+from fake_aws import FakeAws
 
 HEALTH = request_head("GET", "/health")
 CLOSE = request_head("GET", "/health", "Connection: close")
 BUNDLE = request_head("GET", "/docs/swagger-ui-bundle.js")
 # Usual are some hundredths of a second; Gunicorn's own worker needs twenty seconds and more.
 CEILING = 5.0
+BOTH = CLOSE, post(BODY, "Connection: close")
 CLIENTS = 60
+NARROW = {"GUNICORN_WORKERS": "1", "GUNICORN_THREADS": "2"}
+CHUNKED = "Transfer-Encoding: chunked"
 
 
 @pytest.fixture(scope="module")
 def crowded(start_service: StartService) -> Iterator[Service]:
-    """A service to which many more clients come than it has threads."""
-    with start_service(GUNICORN_WORKERS="1", GUNICORN_THREADS="2") as service:
+    """Many more clients than threads, and deadlines that end no client during a test."""
+    with start_service(**NARROW, BODY_TIMEOUT_SECONDS="60") as service:
         yield service
 
 
@@ -54,12 +64,15 @@ def service(start_service: StartService) -> Iterator[Service]:
         yield service
 
 
-def assert_serves(service: Service, workers: list[int], times: int = 20) -> None:
-    """/health answers again and again, from the workers that there were before."""
+def assert_serves(
+    service: Service, workers: list[int], times: int = 20, requests: Sequence[bytes] = (CLOSE,)
+) -> None:
+    """The requests are answered again and again, by the workers that there were before."""
     for _ in range(times):
-        begin = time.monotonic()
-        assert service.get("/health").status == 200
-        assert time.monotonic() - begin < CEILING
+        for sent in requests:
+            begin = time.monotonic()
+            assert service.ask(sent).status == 200
+            assert time.monotonic() - begin < CEILING
     assert service.workers() == workers
 
 
@@ -73,6 +86,9 @@ ANSWERED = {
     "two lengths": post_head("Content-Length: 2", "Content-Length: 3") + b"{}",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "garbage behind a request": HEALTH + b"\0garbage\r\n\r\n",
+    "oversized length": post_head("Content-Length: 3000000") + b"x" * 10_000,
+    "oversized chunk": post_head(CHUNKED) + b"ffffffff\r\n" + b"x" * 10_000,
+    "two lengths without a body": post_head("Content-Length: 2", "Content-Length: 3000"),
 }
 UNANSWERED = {
     "nothing": b"",
@@ -80,11 +96,22 @@ UNANSWERED = {
     "half a head": b"POST /process HTTP/1.1\r\nHost: ",
     "half a head of another method": b"M-SEARCH / HTTP/1.1\r\nHost: ",
     "half a head behind a request": HEALTH + b"POST /process HTTP/1.1\r\nHost: ",
+    "half a body": post_head("Content-Length: 1000") + BODY,
+    "half a body behind a POST": post() + post_head("Content-Length: 1000") + BODY,
+    "large half a body": post_head("Content-Length: 1000000") + b" " * 900_000,
+    "half a chunk": post_head(CHUNKED) + b"ff\r\n12345",
+    "half a chunk's size": post_head(CHUNKED) + chunk(BODY) + b"f",
+    "half a chunk's extension": post_head(CHUNKED) + b"5;name=",
+    "half the trailers": post_head(CHUNKED) + chunk(BODY) + b"0\r\nName: value\r\n",
 }
 
-
 UNREAD = {"long answers": BUNDLE * 3, "many answers": request_head("GET", "/openapi.json") * 100}
-SENT_ON = {"flood": b"garbage\r\n\r\n" + b"x" * 60_000, "trickle": b"x"}
+SENT_ON = {
+    "flood": b"garbage\r\n\r\n" + b"x" * 60_000,
+    "trickle": b"x",
+    "requests, and no answer is read": HEALTH * 500,
+    "oversized bodies": post_head("Content-Length: 3000000") + b"x" * 60_000,
+}
 
 
 def stays(client: Client, how: str) -> None:
@@ -121,14 +148,14 @@ def test_crowd_that_misbehaves_holds_up_nobody(
     with ExitStack() as stack:
         for _ in range(CLIENTS):
             behave(stack.enter_context(crowded.connect(buffer=4096)), how)
-        assert_serves(crowded, workers)
+        assert_serves(crowded, workers, requests=BOTH)
 
 
 @pytest.mark.parametrize("part", SENT_ON.values(), ids=SENT_ON)
 def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: bytes) -> None:
     workers, done = crowded.workers(), threading.Event()
     with ExitStack() as stack:
-        clients = [stack.enter_context(crowded.connect()) for _ in range(CLIENTS)]
+        clients = [stack.enter_context(crowded.connect(buffer=4096)) for _ in range(CLIENTS)]
 
         def feed() -> None:
             while not done.wait(0.01):
@@ -140,7 +167,7 @@ def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: byte
         feeder.start()
         stack.callback(feeder.join)
         stack.callback(done.set)
-        assert_serves(crowded, workers)
+        assert_serves(crowded, workers, requests=BOTH)
 
 
 def test_pipelined_requests_of_a_half_closed_client_are_answered(service: Service) -> None:
@@ -150,10 +177,13 @@ def test_pipelined_requests_of_a_half_closed_client_are_answered(service: Servic
         assert client.is_closed()
 
 
-def test_client_that_does_not_close_is_closed(service: Service) -> None:
+@pytest.mark.parametrize(
+    ("sent", "status"), [(CLOSE, 200), (post_head("Content-Length: 3000000"), 413)]
+)
+def test_client_that_does_not_close_is_closed(service: Service, sent: bytes, status: int) -> None:
     """Though the kernel would keep the connection for as long as the client does."""
     with service.connect() as client:
-        assert client.send(CLOSE).answer().status == 200
+        assert client.send(sent).answer().status == status
 
         def is_reset() -> bool:
             try:
@@ -219,6 +249,133 @@ def test_a_thousand_idle_connections_stop_nobody(
         resource.setrlimit(resource.RLIMIT_NOFILE, (ours, most))
 
 
+@pytest.mark.slow
+def test_bodies_beyond_the_memory_budget_end_the_oldest(start_service: StartService) -> None:
+    """300 clients that stall after 1.9 of 2 MB, against a budget of 96 MiB for the pod."""
+    part = post_head("Content-Length: 2000000") + b" " * 1_900_000
+    with start_service(BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+        workers, clients = service.workers(), list[Client]()
+        for number in range(300):
+            clients.append(stack.enter_context(service.connect()).send(part))
+            if number % 30 == 29:
+                assert_serves(service, workers, times=1)
+        eventually(lambda: len(select.select([c.sock for c in clients], [], [], 0)[0]) >= 240)
+        assert clients[0].answer().error == "request_timeout"
+        assert sum(map(memory, workers)) < 420 * 2**20
+        assert_serves(service, workers)
+        # The newest are within the budget, and can go on.
+        assert clients[-1].send(b" " * 100_000).answer().error == "invalid_json"
+
+
+def memory(pid: int) -> int:
+    """A process's memory in bytes, shared pages in proportion."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.search(r"^Pss: +(\d+) kB$", lines, re.M)[1]) * 1024  # type: ignore[index]
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_worker_without_a_free_file_waits_and_serves_again(start_service: StartService) -> None:
+    with start_service(**NARROW, BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+        (worker,) = service.workers()
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        eventually(lambda: service.get("/ready").status == 200)
+        used = len(os.listdir(f"/proc/{worker}/fd"))
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
+        clients = []
+        for number in range(20):
+            client = stack.enter_context(service.connect())
+            client.send(post_head("Content-Length: 9", "Expect: 100-continue", path="/health"))
+            # The first ones are not idle, so none can be closed for another.
+            assert number >= 4 or client.is_continued()
+            clients.append(client)
+        begun, cpu = time.monotonic(), cpu_seconds(worker)
+        time.sleep(1)
+        # A worker that spins takes all of it that the machine gives.
+        assert cpu_seconds(worker) - cpu < (time.monotonic() - begun) / 2
+        for client in clients:
+            assert client.send(b"x" * 9).answer().status == 405
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+        assert_serves(service, [worker], times=1)
+
+
+def test_connection_too_many_closes_the_oldest_idle_one(start_service: StartService) -> None:
+    narrow = {**NARROW, "GUNICORN_CMD_ARGS": "--worker-connections 20"}
+    with start_service(**narrow, BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+        clients = [stack.enter_context(service.connect()) for _ in range(20)]
+        for client in clients:
+            assert client.send(HEALTH).answer().status == 200
+        clients[0].send(HEALTH[:10])  # it is no longer idle
+        later = [stack.enter_context(service.connect()) for _ in range(3)]
+        for client in later:
+            assert client.send(HEALTH).answer().status == 200
+        assert all(client.is_closed() for client in clients[1:4])
+        assert clients[0].send(HEALTH[10:]).answer().status == 200
+        for client in clients[4:] + later:
+            assert client.send(HEALTH).answer().status == 200
+        # Where all have begun a request, further ones wait.
+        for client in [clients[0], *clients[4:], *later]:
+            client.send(HEALTH[:10])
+        waiting = stack.enter_context(service.connect()).send(HEALTH)
+        for client in [clients[0], *clients[4:], *later]:
+            assert client.send(HEALTH[10:]).answer().status == 200
+        assert waiting.answer().status == 200
+
+
+# --- While AWS does not answer --------------------------------------------------------------------
+
+
+def wrong_token(number: int = 0) -> bytes:
+    return post(BODY.replace(json.dumps(TOKEN).encode(), b'"wrong %d"' % number))
+
+
+def hang_ssm(service: Service, fake: FakeAws) -> None:
+    """From now on every read of SSM hangs, and each worker may start one."""
+    eventually(lambda: {service.get("/ready").status for _ in range(12)} == {200})
+    fake.set(faults={"SSM": {"kind": "hang"}})
+    time.sleep(1.1)  # the cache's time, so that an unknown token is worth a read
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_health_is_served_while_all_threads_wait_for_ssm(
+    start_service: StartService, fake: FakeAws, workers: int
+) -> None:
+    variables = {**fake.environment(), "GUNICORN_WORKERS": str(workers)}
+    with start_service(**variables, TOKEN_CACHE_SECONDS="1") as service, ExitStack() as stack:
+        hang_ssm(service, fake)
+        clients = [stack.enter_context(service.connect()) for _ in range(CLIENTS)]
+        for client in clients:
+            client.send(wrong_token())
+        eventually(lambda: fake.counts()["answers"].get("GetParameters hang", 0) >= workers)
+        assert {service.get("/health").status for _ in range(20)} == {200}
+        assert service.get("/metrics").status == 200
+        answered = select.select([client.sock for client in clients], [], [], 0)[0]
+        assert answered == [], "they still wait"
+
+
+def test_post_that_waits_too_long_for_a_thread_is_overloaded(
+    start_service: StartService, fake: FakeAws
+) -> None:
+    variables = {**fake.environment(), **NARROW, "BODY_TIMEOUT_SECONDS": "1"}
+    with start_service(**variables, TOKEN_CACHE_SECONDS="1") as service, ExitStack() as stack:
+        hang_ssm(service, fake)
+        wrong = [stack.enter_context(service.connect()).send(wrong_token()) for _ in range(2)]
+        eventually(lambda: fake.counts()["answers"].get("GetParameters hang", 0) >= 1)
+        late = [stack.enter_context(service.connect()).send(post()) for _ in range(5)]
+        answers = [client.answer() for client in late]
+        assert {(answer.status, answer.error) for answer in answers} == {(503, "overloaded")}
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)  # type: ignore[arg-type]
+        assert [client.answer().error for client in wrong] == ["invalid_token"] * 2
+        assert late[0].is_closed() or late[0].send(post()).answer().status == 200
+    causes = [line["cause"] for line in service.log() if line.get("error") == "overloaded"]
+    assert len(causes) == 5
+    assert set(causes) == {"no thread was free for 1 s"}
+    assert fake.messages() == []
+
+
 # --- Addresses ------------------------------------------------------------------------------------
 
 
@@ -272,11 +429,6 @@ def test_port_that_is_taken_stops_the_start(service: Service) -> None:
 
 
 # --- Workers --------------------------------------------------------------------------------------
-
-
-def test_a_single_worker_keeps_to_one_core(service: Service) -> None:
-    (pid,) = service.workers()
-    eventually(lambda: len(os.sched_getaffinity(pid)) == 1)
 
 
 @pytest.mark.slow
@@ -338,6 +490,27 @@ def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService) -> N
     assert service.process.returncode == 0
     assert service.errors() == ""
     os.close(reader)
+
+
+def test_further_handler_of_the_log_ends_no_worker(
+    start_service: StartService, tmp_path: Path
+) -> None:
+    """As an agent adds one that is imported before the application."""
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent("""\
+            import logging.config
+            configure = logging.config.dictConfig
+            def configure_and_add(config):
+                configure(config)
+                logging.getLogger().handlers.insert(0, logging.NullHandler())
+            logging.config.dictConfig = configure_and_add
+            """)
+    )
+    with start_service(PYTHONPATH=str(tmp_path), GUNICORN_WORKERS="1") as service:
+        workers = service.workers()
+        assert service.ask(post(b"{")).status == 400
+        eventually(lambda: [line for line in service.log() if line.get("status") == 400])
+        assert service.workers() == workers
 
 
 def test_service_that_stops_writes_the_lines_that_wait(start_service: StartService) -> None:
