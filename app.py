@@ -1398,6 +1398,7 @@ class Publisher:
         try:
             if self._clock() - self._attempted_at < self.READ_INTERVAL:
                 return
+            self._attempted_at = self._clock()
             answer = self._sqs.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
             )
@@ -1407,7 +1408,6 @@ class Publisher:
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not reached", extra={"cause": detail_of(error)})
         finally:
-            self._attempted_at = self._clock()
             self._read_lock.release()
 
     def refresh_limit(self) -> None:

@@ -641,13 +641,19 @@ def test_calls_are_counted_by_result_with_their_messages() -> None:
 def test_limit_is_read_again_before_a_message_is_rejected_for_its_size() -> None:
     requests = Requests(limit=1000)
     requests.queue.limit = 3000
-    steps = [(0.0, 2000, "m"), (5.0, 2000, "s"), (0.0, 3500, "m"), (5.0, 3500, "m")]
-    for passed, size, outcome in steps:
+    # Seconds that pass, the message's size, its outcome, and the reads of the limit so far.
+    steps = [
+        (0.0, 2000, "m", 1),
+        (4.9, 2000, "m", 1),
+        (0.1, 2000, "s", 2),
+        (4.9, 3500, "m", 2),
+        (0.1, 3500, "m", 3),
+    ]
+    for passed, size, outcome, reads in steps:
         requests.now += passed
         requests.submit(size)
         requests.end_all()
-        assert requests.outcomes[-1] == outcome, (passed, size)
-    assert requests.queue.reads == 3, "once in five seconds"
+        assert (requests.outcomes[-1], requests.queue.reads) == (outcome, reads), (passed, size)
     assert "the queue takes 3000." in requests.error().message
 
 
