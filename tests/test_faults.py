@@ -522,11 +522,11 @@ def test_hundreds_of_stalled_bodies_delay_no_other_client(day: Day) -> None:
 def test_overload_loses_nothing_and_leaves_health_alone(day: Day) -> None:
     """Many more clients than a pod can serve, none of which pauses."""
     clients = 500 if day.full else 250
-    with day.service() as service:
-        with Load(service.port, clients, requests=50_000 if day.full else 3000) as load:
-            load.wait_for(clients)
-            health = longest_health(service)
-            load.wait()
+    number = 50_000 if day.full else 3000
+    with day.service() as service, Load(service.port, clients, requests=number) as load:
+        load.wait_for(clients)
+        health = longest_health(service)
+        load.wait()
     notes = f"/health within {health:.2f} s beside {clients} clients"
     ledger = day.ledger("overload", load, statuses={200, 503}, notes=notes)
     assert ledger.in_queue == ledger.acknowledged
