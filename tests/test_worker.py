@@ -156,12 +156,14 @@ def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: byte
     workers, done = crowded.workers(), threading.Event()
     with ExitStack() as stack:
         clients = [stack.enter_context(crowded.connect(buffer=4096)) for _ in range(CLIENTS)]
+        for client in clients:
+            client.sock.setblocking(False)
 
         def feed() -> None:
             while not done.wait(0.05):
                 for client in clients:
                     with suppress(OSError):
-                        client.sock.send(part, socket.MSG_DONTWAIT)
+                        client.sock.send(part)
 
         feeder = threading.Thread(target=feed)
         feeder.start()
