@@ -7,7 +7,8 @@ usage() {
 Usage: ./test.sh [URL]
 
 Checks the service at URL (default http://localhost:8080): /health, and eight requests to /process.
-One of these is valid, so it puts a message into the queue.
+One of these is valid, so it puts a message into the queue, with the subject "test.sh: please ignore"
+and the attribute RequestId test-sh-....
 
 The token comes from API_TOKEN, else from SSM through the AWS CLI. The service that
 ./setup-local.sh run starts takes the example token:
@@ -95,7 +96,7 @@ check() {
 
 # Posts a body, for the check of this name.
 post() {
-  send --header 'Content-Type: application/json' --data-binary @- "$url/process" < <(printf '%s' "$3")
+  send --header 'Content-Type: application/json' --header "X-Request-Id: $request_id" --data-binary @- "$url/process" < <(printf '%s' "$3")
   check "$1" "$2"
 }
 
@@ -112,6 +113,7 @@ command -v curl >/dev/null || die "curl is missing. Install it (apt install curl
 no_proxy=${no_proxy:-${NO_PROXY:-}},localhost,127.0.0.1,::1
 export no_proxy
 
+request_id=test-sh-$(date +%s)-$$ # which consumers and log lines can be searched for
 token="" came="" complaint="" number=0 failed=0 hint=""
 find_token
 
@@ -120,7 +122,7 @@ send "$url/health"
   die "No answer from $url: $complaint. Start the service with ./setup-local.sh run, or give its URL."
 check "health" "200 healthy"
 
-good='"email_subject": "Happy new year!", "email_sender": "John doe"'
+good='"email_subject": "test.sh: please ignore", "email_sender": "John doe"'
 time='"email_timestream": "1693561101"'
 content='"email_content": "Just want to say... Happy new year!!!"'
 auth="\"token\": $(json_string "$token")"

@@ -216,7 +216,7 @@ def test_wrong_token_fails_with_a_summary(service: LocalServer) -> None:
 
 
 CURL = """#!/bin/sh
-case "$*" in *process) { cat; echo; } >>bodies ;; esac
+case "$*" in *process) echo "$*" >>heads && { cat; echo; } >>bodies ;; esac
 echo 200
 """
 
@@ -228,6 +228,9 @@ def test_any_token_is_sent_unchanged_without_being_printed(tmp_path: Path) -> No
     assert_one_line(result, "9 of 9 checks failed", name="test.sh: ")
     valid, *_ = (tmp_path / "bodies").read_text("utf-8").splitlines()
     assert json.loads(valid)["token"] == HOSTILE_TOKEN
+    # So a consumer can know the message.
+    assert json.loads(valid)["data"]["email_subject"] == "test.sh: please ignore"
+    assert len(re.findall(r"X-Request-Id: test-sh-\d+-\d+ ", (tmp_path / "heads").read_text())) == 8
     assert "quote" not in result.stdout + result.stderr
 
 
