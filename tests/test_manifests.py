@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -148,11 +150,18 @@ def test_value_is_as_specified(where: dict[str, Any], name: str, expected: Any) 
     assert where.get(name) == expected
 
 
-def test_network_lets_out_dns_plus_443_alone() -> None:
+def test_network_lets_out_dns_and_443_and_to_the_agent_of_pod_identity() -> None:
     assert NETWORK["policyTypes"] == ["Ingress", "Egress"]
     assert NETWORK["egress"] == [
         {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
         {"ports": [{"protocol": "TCP", "port": 443}]},
+        {
+            "to": [
+                {"ipBlock": {"cidr": "169.254.170.23/32"}},
+                {"ipBlock": {"cidr": "fd00:ec2::23/128"}},
+            ],
+            "ports": [{"protocol": "TCP", "port": 80}],
+        },
     ]
 
 
@@ -304,3 +313,16 @@ def test_path_that_is_not_routed_is_404_in_json() -> None:
 def test_no_manifest_names_an_account_or_a_registry() -> None:
     for file in [*(app.PROJECT / "k8s").iterdir(), *(app.PROJECT / "infra").iterdir()]:
         assert not re.search(r"\b\d{12}\b|\.dkr\.ecr\.", file.read_text("utf-8")), file.name
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_documents_of_the_guides_are_read_by_kubectl() -> None:
+    """Before 1.33 it takes text that begins with { for JSON. The pipeline tries the oldest."""
+    guides = [app.PROJECT / "SETUP.md", *sorted((app.PROJECT / "docs").glob("*.md"))]
+    text = "".join(guide.read_text("utf-8") for guide in guides)
+    documents = re.findall(r"^kubectl apply .*<<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)
+    assert documents
+    for document in documents:
+        command = ["kubectl", "annotate", "--local", "--filename", "-", "--output", "name", "a=b"]
+        done = subprocess.run(command, input=document, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done

@@ -73,6 +73,26 @@ def test_only_the_service_account_may_take_the_role() -> None:
     ]
 
 
+def test_documented_trust_of_pod_identity_is_for_the_service_account_alone() -> None:
+    (trust,) = re.findall(r"```json\n(.*?)```", page("setup"), re.DOTALL)
+    metadata = SERVICE_ACCOUNT["metadata"]
+    exact = {
+        "aws:RequestTag/kubernetes-namespace": metadata["namespace"],
+        "aws:RequestTag/kubernetes-service-account": metadata["name"],
+    }
+    assert json.loads(trust) == {
+        "Effect": "Allow",
+        "Principal": {"Service": "pods.eks.amazonaws.com"},
+        "Action": ["sts:AssumeRole", "sts:TagSession"],
+        "Condition": {"StringEquals": exact},
+    }
+
+
+def test_key_is_used_through_the_host_of_ssm_in_every_partition() -> None:
+    # moto has one value for AWS::URLSuffix.
+    assert "kms:ViaService: !Sub ssm.${AWS::Region}.${AWS::URLSuffix}" in TEMPLATE
+
+
 @pytest.mark.parametrize("key", ["", "arn:aws:kms:us-west-1:123:key/1a-2b"])
 def test_role_may_use_its_tokens_queues_and_key_alone(key: str) -> None:
     tokens = [token_arn("/old"), token_arn("/new")]
@@ -91,7 +111,7 @@ def test_role_may_use_its_tokens_queues_and_key_alone(key: str) -> None:
     }
     # moto leaves None where AWS::NoValue leaves nothing.
     assert list(filter(None, policy["PolicyDocument"]["Statement"])) == [
-        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameter*", "Resource": tokens},
+        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameters", "Resource": tokens},
         {
             "Sid": "SendMessages",
             "Effect": "Allow",
@@ -188,6 +208,7 @@ def test_queues_alone_outlive_the_stack() -> None:
 
 
 def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
+    assert int(stack()["WebAcl"]["Rules"][0]["Statement"]["RateBasedStatement"]["Limit"]) == 30_000
     acl = stack(RateLimit="100")["WebAcl"]
     assert (acl["Scope"], acl["DefaultAction"]) == ("REGIONAL", {"Allow": {}})
     (rule,) = acl["Rules"]

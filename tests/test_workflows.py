@@ -154,7 +154,10 @@ def test_deployment_is_one_command_with_a_check(
     variables = {"SERVICE_URL": variable, "DEPLOY_OPTIONS": options}
     done = run_step(
         "Deploy",
-        "aws() { echo 123456789012; }",
+        """aws() {
+            case $1 in ecr) echo https://123456789012.dkr.ecr.us-west-1.amazonaws.com ;;
+            *) echo 123456789012 ;; esac
+        }""",
         cwd=tmp_path,
         env=environment(AWS_REGION="us-west-1", EKS_CLUSTER="cluster", **variables),
     )
@@ -173,7 +176,7 @@ def test_guide_lists_every_variable_of_a_deployment() -> None:
 
 
 def test_role_of_the_pipeline_may_do_what_deploy_sh_asks() -> None:
-    script = (PROJECT / "deploy.sh").read_text("utf-8").split("\ndelete_all() {")[0]
+    script = (PROJECT / "deploy.sh").read_text("utf-8").split("\ndelete() {")[0]
     calls = set(re.findall(r"\baws ([a-z0-9]+) ([a-z-]+)", script))
     named = {  # where the action is not called as the command is
         ("cloudformation", "deploy"): "cloudformation:ExecuteChangeSet",
