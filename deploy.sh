@@ -41,8 +41,8 @@ HELP
 # Ends the run; finish prints the reason.
 die() { failure=$1 && exit "${2:-1}"; }
 say() { printf '      %s\n' "$1"; }
-# Prints line by line at once; sed would hold lines back.
-indent() { while IFS= read -r line; do say "$line"; done; }
+# Prints line by line at once, and repeated lines once; sed and uniq would hold lines back.
+indent() { local last="" && while IFS= read -r line; do [ "$line" = "$last" ] || say "$line" && last=$line; done; }
 kube() { kubectl ${context:+--context "$context"} --namespace "$name" "$@"; }
 # Prints a field of an object in the cluster, "" if there is none.
 live() { kube get "$1" --ignore-not-found --output "jsonpath={$2}"; }
@@ -59,26 +59,20 @@ problem() { problems+=("$1"); }
 complaint() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
 
 # Sets answer to what a command prints, or notes a problem: this text, and the command's complaint.
-ask() {
-  answer=$("${@:2}" 2>"$work/error") || {
-    problem "$1 ($(complaint))."
-    return 1
-  }
-}
+ask() { answer=$("${@:2}" 2>"$work/error") || { problem "$1 ($(complaint))." && return 1; }; }
 
 # Runs a tool that has much to say; its last lines are shown only when it fails.
-quietly() {
-  "$@" >"$work/log" 2>&1 || {
-    tail -n 20 "$work/log" >&2
-    return 1
-  }
-}
+quietly() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
 
-# Runs a command until it succeeds, for so many seconds.
+# Runs a command until it succeeds, for so many seconds after its first failure. Some errors do not pass.
 wait_until() {
-  local end=$((SECONDS + $1))
+  local end="" final='progress deadline|changed meanwhile|NotFound|denied|forbidden|unauthorized|expired|credentials'
   until "${@:2}" 2>"$work/error"; do
-    [ "$SECONDS" -lt "$end" ] || return 1
+    end=${end:-$((SECONDS + $1))}
+    if [ "$SECONDS" -ge "$end" ] || grep -qiE "$final" "$work/error"; then
+      cat "$work/error" >&2
+      return 1
+    fi
     sleep 3
   done
 }
@@ -100,7 +94,9 @@ read_arguments() {
         [[ ${2-} == [!-]* ]] || die "$1 needs a value; see --help." 2
         option=${1#--}
         printf -v "${option//-/_}" %s "$2"
-        [ "$option" != parameter ] || parameters+=("$2")
+        # The AWS CLI passes over a parameter that the template does not have.
+        [ "$option" != parameter ] || { parameters+=("$2") && check_value --parameter "$2" \
+          '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' "one of --help"; }
         shift
         ;;
       -*) die "Unknown option '$1'; see --help." 2 ;;
@@ -112,23 +108,17 @@ read_arguments() {
   registry=${arguments[0]} account=${arguments[1]} tokens=${token_parameter//[[:space:]]/}
 }
 
-check_value() {
-  [[ $2 =~ ^($3)$ ]] || die "$1 '$2' is not $4; see --help." 2
-}
+check_value() { [[ $2 =~ ^($3)$ ]] || die "$1 '$2' is not $4; see --help." 2; }
 
 # Other wrong values are refused by AWS or the template before anything is changed.
 check_arguments() {
-  local each path='(/[A-Za-z0-9_.-]+)+'
+  local path='(/[A-Za-z0-9_.-]+)+'
   check_value ECR_REGISTRY "$registry" '[a-z0-9.-]+(:[0-9]+)?' "a registry's host name"
   check_value AWS_ACCOUNT_ID "$account" '[0-9]{12}' "an account's 12 digits"
-  check_value --region "$region" '[a-z]{2}(-[a-z]+)+-[0-9]+' "a region such as us-west-1"
+  check_value --region "$region" '[a-z]{2,}(-[a-z]+)+-[0-9]+' "a region such as us-west-1"
   check_value --token-parameter "$tokens" "($path(,$path)*)?" "a name such as /email-service/api-token, or several"
   check_value --timeout "$timeout" '[1-9][0-9]{0,4}' "a number of seconds"
   check_value --check "$check" '(alb|https?://[^[:space:]]+)?' "a URL, or alb"
-  # The AWS CLI passes over a parameter that the template does not have.
-  for each in ${parameters[@]+"${parameters[@]}"}; do
-    check_value --parameter "$each" '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' "one of --help"
-  done
 }
 
 # --- Checks, before anything is changed -------------------------------------------------------------
@@ -146,12 +136,9 @@ check_tools() {
 
 check_credentials() {
   ask "The AWS credentials do not work: run aws sso login or aws configure, or set AWS_PROFILE" \
-    aws sts get-caller-identity --query '[Account, Arn]' --output text || return 1
-  partition=${answer#*arn:} partition=${partition%%:*} answer=${answer%%[[:space:]]*}
-  [ "$answer" = "$account" ] || {
-    problem "The AWS credentials are of account $answer, not $account: set AWS_PROFILE, or correct AWS_ACCOUNT_ID."
-    return 1
-  }
+    aws sts get-caller-identity --query Account --output text || return 1
+  [ "$answer" = "$account" ] ||
+    { problem "The AWS credentials are of account $answer, not $account: set AWS_PROFILE, or correct it." && return 1; }
 }
 
 # Prints the names and values of the stack's parameters and outputs, nothing if there is no stack.
@@ -169,6 +156,7 @@ read_cluster() {
     aws eks update-kubeconfig --name "$cluster" >/dev/null || return
   fi
   controller=$(live ingressclass/alb .spec.controller) && paused=$(live "deployment/$name" .spec.paused) &&
+    replicas=$(live "deployment/$name" .spec.replicas) &&
     live_role=$(live "serviceaccount/$name-sa" '.metadata.annotations.eks\.amazonaws\.com/role-arn') &&
     live_certificate=$(live "ingress/$name-ingress" "$alb/certificate-arn") &&
     live_queue=$(live "configmap/$name-config" .data.sqs_queue_url) &&
@@ -199,6 +187,8 @@ check_cluster() {
     problem "The cluster has no IngressClass alb: install the AWS Load Balancer Controller; for Auto Mode see SETUP.md."
   [ "$paused" != true ] ||
     problem "The Deployment is paused: run kubectl --namespace $name rollout resume deployment/$name."
+  [ "$replicas" != 0 ] || say "note: $stopped"
+  [[ $replicas != 0 || -z $check ]] || problem "A stopped service cannot pass --check: start it, or leave out --check."
   ask "AWS does not list the OIDC providers" aws iam list-open-id-connect-providers --output text \
     --query "OpenIDConnectProviderList[?ends_with(Arn, ':oidc-provider/$issuer')].Arn" || return 0
   [ -n "$answer" ] || problem "The cluster's OIDC provider is not registered in IAM: \
@@ -209,7 +199,7 @@ run eksctl utils associate-iam-oidc-provider --region $region --cluster $cluster
 # the stack, else as in --help.
 complete_options() {
   queue=${queue_name:-${live_queue##*/}} queue=${queue:-$(value_of QueueName)} queue=${queue:-dev-CP-queue}
-  queue_url=https://sqs.$region.amazonaws.com$([[ $region != cn-* ]] || echo .cn)/$account/$queue
+  queue_url=https://sqs.$region.$dns_suffix/$account/$queue
   tokens=${tokens:-$live_tokens}
   tokens=${tokens:-$(value_of TokenParameterArns | sed 's/arn:[^,]*:parameter//g')}
   tokens=${tokens:-/email-service/${environment:+$environment/}api-token}
@@ -271,7 +261,6 @@ preflight() {
       check_token
       check_queue
       check_certificate
-      stack_parameters
     fi
   fi
   [ ${#problems[@]} -eq 0 ] || {
@@ -298,12 +287,12 @@ join() { tr , '\n' <<<"$1,$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 # beside them, so the role keeps what it may use until the last step.
 stack_parameters() {
   local arn=arn:$partition:ssm:$region:$account:parameter
+  old_queues=$(value_of QueueArns) old_tokens=$(value_of TokenParameterArns)
   queue_arn=arn:$partition:sqs:$region:$account:$queue token_arns=$arn${tokens//,/,$arn}
   [[ $queue != *.fifo ]] || dead_letters=${dead_letters:-${queue%.fifo}-dlq.fifo}
   parameters=("ClusterName=$cluster" "OidcProvider=$issuer" "EnvironmentName=$environment"
     "QueueName=$queue" "CreateQueue=$create_queue" "DeadLetterQueueName=${dead_letters:-$queue-dlq}"
-    "QueueArns=$(join "$(value_of QueueArns)" "$queue_arn")"
-    "TokenParameterArns=$(join "$(value_of TokenParameterArns)" "$token_arns")"
+    "QueueArns=$(join "$old_queues" "$queue_arn")" "TokenParameterArns=$(join "$old_tokens" "$token_arns")"
     ${parameters[@]+"${parameters[@]}"})
 }
 
@@ -332,10 +321,7 @@ token() (
 
 make_token() {
   local key
-  if [ -n "$token_found" ]; then
-    say "keep $token_found${API_TOKEN:+; API_TOKEN is not used}"
-    return
-  fi
+  [ -z "$token_found" ] || { say "keep $token_found${API_TOKEN:+; API_TOKEN is not used}" && return; }
   token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
   token | AWS_CLI_FILE_ENCODING=UTF-8 aws ssm put-parameter --name "$token_found" --type SecureString \
     --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" ${key:+--key-id "$key"} >/dev/null
@@ -370,10 +356,7 @@ push_image() {
       --build-arg "SOURCE=$(git remote get-url origin 2>/dev/null | sed 's|//[^/]*@|//|')" \
       --tag "$repository:$tag" .
     quietly docker push "$repository:$tag"
-    find_image || {
-      echo "The registry does not show $repository:$tag after the push." >&2
-      exit 1
-    }
+    find_image || die "The registry does not show $repository:$tag after the push. Run this again."
     say "pushed $image"
   fi
 }
@@ -381,15 +364,14 @@ push_image() {
 # --- Manifests and roll-out -------------------------------------------------------------------------
 
 # Sets manifests to k8s/ with all that differs between accounts.
-render() {
-  local alb=alb.ingress.kubernetes.io annotations="" web_acl checksum
+build_manifests() {
+  local alb=alb.ingress.kubernetes.io annotations="" web_acl
   web_acl=$(value_of WebAclArn)
   [ -z "$certificate_arn" ] || annotations="$alb/certificate-arn: '$certificate_arn', $alb/ssl-redirect: '443',
         $alb/listen-ports: '[{\"HTTP\": 80}, {\"HTTPS\": 443}]',
         $alb/ssl-policy: ELBSecurityPolicy-TLS13-1-2-Res-2021-06,"
   [ -z "$web_acl" ] || annotations+=" $alb/wafv2-acl-arn: '$web_acl'"
-  # Pods read the ConfigMap only when they start, so a change of it has to be a change of theirs.
-  checksum=$(git hash-object --stdin <<<"$queue_url $region")
+  # checksum: pods read the ConfigMap only when they start, so a change of it has to be a change of theirs.
   cp -R k8s "$work/k8s"
   cat >"$work/kustomization.yaml" <<END
 sortOptions: {order: fifo}
@@ -406,41 +388,64 @@ patches:
         annotations: {$annotations}}}
   - patch: |
       {apiVersion: apps/v1, kind: Deployment, metadata: {name: $name, namespace: $name}, spec: {template: {
-        metadata: {annotations: {checksum/config: '$checksum'}}, spec: {containers: [{name: $name,
-        image: '$image', env: [{name: TOKEN_SSM_PARAMETER, value: '$tokens'}]}]}}}}
+        metadata: {annotations: {checksum/config: '$(git hash-object --stdin <<<"$queue_url $region")'}},
+        spec: {containers: [{name: $name, image: '$image', env: [{name: TOKEN_SSM_PARAMETER, value: '$tokens'}]}]}}}}
 END
   manifests=$(kubectl kustomize "$work")
 }
 
+# The template of the Deployment's pods: image, token parameters and the configuration's checksum.
+release() { live "deployment/$name" .spec.template; }
+image_of() { sed -E 's/.*"image":"([^"]*)".*/\1/' <<<"$1"; }
+
 apply_manifests() {
+  old_release=$(release)
+  # A release that no run has completed is none to go back to.
+  served=$(live "deployment/$name" \
+    '.status.conditions[?(@.type=="Progressing")].reason}{.metadata.annotations.unfinished')
   # What apply prints does not tell: it calls a PodDisruptionBudget "configured" each time.
-  if kube diff -f - <<<"$manifests" >/dev/null 2>&1; then
-    say "nothing to change"
-    return
+  if kube diff --server-side=false -f - <<<"$manifests" >/dev/null 2>&1; then
+    undo=no said="nothing to change"
+    [ "$served" = NewReplicaSetAvailable ] || said="this release is applied, but the last run did not complete it"
+    say "$said"
+  else
+    old_config=$(patch_of "configmap/$name-config" data)
+    old_deployment=$(patch_of "deployment/$name" spec)
+    undo=yes
+    [ -z "$served" ] || quietly kube annotate --overwrite "deployment/$name" unfinished=yes
+    quietly kube apply --server-side=false -f - <<<"$manifests"
+    grep -v ' unchanged$' "$work/log" | indent || true
+    # The autoscaler would bring the second pod only after the roll-out of the first.
+    [ -n "$served" ] || quietly kube scale "deployment/$name" --replicas "$(live "hpa/$name-hpa" .spec.minReplicas)"
   fi
-  served=$(live "deployment/$name" '.status.conditions[?(@.type=="Progressing")].reason')
-  old_config=$(patch_of "configmap/$name-config" data)
-  old_deployment=$(patch_of "deployment/$name" spec)
-  undo=yes
-  quietly kube apply -f - <<<"$manifests"
-  grep -v ' unchanged$' "$work/log" | indent || true
-  # The autoscaler would bring the second pod only after the roll-out of the first.
-  [ -n "$served" ] || quietly kube scale "deployment/$name" --replicas "$(live "hpa/$name-hpa" .spec.minReplicas)"
+  applied=$(release)
+  # kubectl would not wait for a roll-out that has missed its deadline.
+  if [[ $served = ProgressDeadlineExceeded* && $applied = "$old_release" ]]; then
+    say "start the roll-out again"
+    quietly kube rollout restart "deployment/$name"
+    applied=$(release)
+  fi
 }
 
 # It ends when for progressDeadlineSeconds nothing has gone on. A limit to the whole would undo the
 # healthy roll-out of many pods.
-rollout() { kube rollout status "deployment/$name" 2>&1 | indent; }
+rollout() { kube rollout status "deployment/$name" | indent; }
 
 # The autoscaler's events would crowd out those of the pods.
 show_reasons() {
   local newest
+  grep -q 'progress deadline' "$work/error" || return # the pods have nothing to do with it
   kube get pods --output wide
   kube get events --field-selector type!=Normal,involvedObject.kind!=HorizontalPodAutoscaler \
     --sort-by .lastTimestamp | tail -n 15
   newest=$(kube get pods --sort-by .metadata.creationTimestamp --output name | tail -n 1)
-  kube logs "$newest" --all-containers --tail 20
-  kube logs "$newest" --all-containers --tail 20 --previous
+  [ -n "$newest" ] || return 0
+  live "$newest" '.status.conditions[?(@.status=="False")].message' && echo
+  # The log does not tell why the load balancer has not found the pod healthy.
+  [ "$(live "$newest" '.status.containerStatuses[0].ready')" = true ] || {
+    kube logs "$newest" --all-containers --tail 20
+    kube logs "$newest" --all-containers --tail 20 --previous 2>/dev/null
+  }
 }
 
 # Prints a patch that makes an object what it is now, whole: kubectl rollout undo knows the pods' template alone.
@@ -451,58 +456,95 @@ patch_of() {
       {op: replace, path: /$2, value: $content}]"
 }
 
+# Fails if another run, or somebody by hand, has changed the Deployment since this run applied it.
+still_ours() {
+  local now && now=$(release) || return
+  [ "$now" != "${applied:-$now}" ] || return 0
+  echo "The Deployment was changed meanwhile, to $(image_of "$now"). This run's release, $image, does not serve." >&2
+  undo=no && return 1
+}
+
 put_back() {
-  local replicas status=0
-  quietly kube patch "configmap/$name-config" --type json --patch "$old_config" || status=1
-  # The autoscaler may have changed their number since.
-  replicas=$(live "deployment/$name" .spec.replicas) && quietly kube patch "deployment/$name" --type json \
-    --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]" || status=1
-  return "$status"
+  still_ours && applied="" && quietly kube patch "configmap/$name-config" --type json --patch "$old_config" &&
+    # The autoscaler may have changed their number since.
+    replicas=$(live "deployment/$name" .spec.replicas) && quietly kube patch "deployment/$name" --type json \
+    --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]"
 }
 
 # Goes back to what ran before, and says so in failure.
 go_back() {
+  local now
   if [ "$served" != NewReplicaSetAvailable ]; then
-    failure+=" The roll-out before had not succeeded either, so there is nothing to go back to."
-  elif put_back && trap 'rm -rf "$work"; exit 130' INT TERM HUP && rollout; then
-    failure+=" The deployment was undone: what ran before serves again."
+    failure+=" There is no release that worked before, so the new pods stay."
+    return
+  fi
+  echo "deploy.sh: $failure Going back to $(image_of "$old_release"), which ran before."
+  if wait_until 60 put_back; then
+    trap : INT TERM HUP # they end the wait alone
+    failure="The deployment was undone: what ran before serves again."
+    rollout || failure="The deployment was undone, but not all pods serve yet: see kubectl --namespace $name get pods."
   else
-    failure+=" Going back to what ran before failed, too: see kubectl --namespace $name describe deployment $name."
+    now=$(release 2>/dev/null) || now="probably the new release, $image"
+    failure="Going back failed. The Deployment has $(image_of "$now")."
   fi
 }
 
 # The end of every run. A failure is explained, and what was applied is undone.
 finish() {
   local status=$?
+  set +e # an explanation that cannot be printed must not end this
   trap '' INT TERM HUP PIPE # a second Ctrl-C must not leave half of it
-  if [ "$status" -ne 0 ] && [ -z "$failure" ]; then
-    failure="The step '$doing' failed. Correct the reasons above, and run this again."
-    if [ "$status" -eq 130 ]; then failure=Interrupted.; else status=1; fi
-    [ "$undo" = no ] || go_back >&2 # nobody may read standard output any more
+  exec >&3 2>&3 # the failed command's output may go into a file, and nobody may read standard output
+  if [ "$status" -ne 0 ]; then
+    [ "$status" -ne 130 ] || failure="Interrupted in the step '$doing'."
+    [ -n "$failure" ] || failure="The step '$doing' failed. Correct the reasons above, and run this again." status=1
+    case $undo in
+      untouched) failure+=" The Deployment was not changed." ;;
+      yes) go_back ;;
+      kept) failure+=" The new release serves, and stays." ;;
+    esac
   fi
-  [ -z "$failure" ] || echo "deploy.sh: $failure" >&2
+  [ -z "$failure" ] || echo "deploy.sh: $failure"
   [ -z "$work" ] || rm -rf "$work"
   exit "$status"
 }
 
+keep_release() {
+  still_ours
+  undo=kept
+  quietly kube annotate "deployment/$name" unfinished-
+}
+
 has_alb() { host=$(live "ingress/$name-ingress" '.status.loadBalancer.ingress[0].hostname') && [ -n "$host" ]; }
+
+# Ends the run with this, and what the cluster tells about the ALB.
+no_alb() {
+  kube describe ingress "$name-ingress" >&2 || true
+  die "$1. See the events above, and kubectl --namespace kube-system logs deployment/aws-load-balancer-controller."
+}
 
 # Tries the service from outside. A new ALB and its name need some minutes.
 try_service() {
   local url=${check%/}
   [ "$check" != alb ] || url=http://$host
+  step "check the service at $check"
   # -q: a .curlrc might change what is sent.
-  wait_until "$timeout" curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" || {
-    echo "$url/health does not answer after $timeout s ($(complaint))." >&2
-    return 1
-  }
+  wait_until "$timeout" curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" ||
+    die "$url/health does not answer."
   TOKEN_SSM_PARAMETER=$token_found ./test.sh "$url" 2>&1 | indent
+  keep_release
 }
+
+# The items of a list of the stack that this run needs, or that another run has added since this one began.
+needed() { join "$2" "$(value_of "$1" | tr , '\n' | grep -vxF "$(tr , '\n' <<<"$3")")"; }
 
 # The alarms on the ALB name it, so they are made when it is known. The role keeps what new pods need.
 finish_stack() {
   local balancer="" group=""
-  parameters=("QueueArns=$queue_arn" "TokenParameterArns=$token_arns")
+  still_ours
+  stack_values=$(show_stack)
+  parameters=("QueueArns=$(needed QueueArns "$queue_arn" "$old_queues")"
+    "TokenParameterArns=$(needed TokenParameterArns "$token_arns" "$old_tokens")")
   balancer=$(aws elbv2 describe-load-balancers --output text \
     --query "LoadBalancers[?DNSName=='$host'].LoadBalancerArn") || true
   [ -z "$balancer" ] || group=$(aws elbv2 describe-target-groups --load-balancer-arn "$balancer" --output text \
@@ -519,7 +561,10 @@ finish_stack() {
 
 deploy() {
   preflight
+  undo=untouched
   step "deploy the stack $stack"
+  stack_values=$(show_stack) # another run may have changed it since
+  stack_parameters
   deploy_stack "${parameters[@]}"
   stack_values=$(show_stack)
   step "make the token parameter, if there is none"
@@ -527,34 +572,24 @@ deploy() {
   step "build and push the image $repository:$tag"
   push_image
   step "apply the manifests of k8s/ to $cluster"
-  render
+  build_manifests
   apply_manifests
   step "wait for the roll-out"
-  rollout || {
-    show_reasons >&2 || true
-    exit 1
-  }
-  [ -n "$check" ] || undo=no
+  wait_until 60 rollout || { show_reasons >&2 || true; exit 1; }
+  [ -n "$check" ] || keep_release
   step "wait for the ALB"
-  wait_until "$timeout" has_alb || {
-    kube describe ingress "$name-ingress" >&2
-    echo "There is no ALB after $timeout s: see the events above, and the log of the load balancer controller." >&2
-    exit 1
-  }
-  if [ -n "$check" ]; then
-    step "check the service at $check"
-    try_service
-    undo=no
-  fi
+  wait_until "$timeout" has_alb || no_alb "There is no ALB yet"
+  [ -z "$check" ] || try_service
   step "make the alarms of the ALB, and remove the rights that only old pods needed"
   finish_stack
-  [ -z "$certificate_arn" ] ||
-    say "point the certificate's domain at this host with a CNAME or alias record; clients use the domain"
+  still_ours
+  [ "$(live "deployment/$name" .spec.replicas)" != 0 ] || say "note: $stopped"
   echo "Deployed in $SECONDS s: http${certificate_arn:+s}://$host"
 }
 
 dry_run() {
   preflight
+  stack_parameters
   cat <<END
 Would deploy the stack $stack with ${parameters[*]};
 $([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
@@ -565,7 +600,7 @@ END
 }
 
 # Standard output is for the manifests alone.
-print_manifests() {
+render() {
   if command -v aws >/dev/null; then
     preflight >/dev/null
   else
@@ -577,11 +612,11 @@ print_manifests() {
     image=$repository:$tag
     echo "deploy.sh: note: the registry shows no image of this commit, so it is named by its tag; deploy it first." >&2
   }
-  render
+  build_manifests
   echo "$manifests"
 }
 
-delete_all() {
+delete() {
   local made parameter queues url
   preflight
   step "delete the Ingress, with its ALB, and the namespace $name"
@@ -591,8 +626,11 @@ delete_all() {
     say "there is no stack $stack, so a namespace $name would be another's and is left alone"
   else
     # The controller must remove the ALB before the namespace, with which its finalizer would wait.
-    quietly kube delete ingress "$name-ingress" --ignore-not-found --timeout "${timeout}s"
-    quietly kube delete namespace "$name" --ignore-not-found --timeout "${timeout}s"
+    quietly kube delete ingress "$name-ingress" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
+      no_alb "The Ingress was not deleted, so the ALB may be left"
+    quietly kube delete namespace "$name" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
+      kube describe namespace "$name" >&2 || true
+    [ -z "$(live "namespace/$name" .metadata.name)" ] || die "The namespace $name is still there. Run this again."
   fi
   step "delete the token parameter, if it was made here"
   made=$(aws ssm describe-parameters --parameter-filters "Key=tag:made-by-stack,Values=$stack" \
@@ -616,8 +654,9 @@ mode=deploy region=${AWS_REGION:-us-west-1} environment="" cluster="" context=""
 certificate_arn="" token_parameter="" parameters=() platform=linux/amd64 timeout=300 check=""
 number=0 steps=8 doing=start failure="" problems=() undo=no work=""
 # What is found out about AWS and the cluster.
-stack_values="" partition=aws issuer="" live_role="" live_queue="" live_tokens="" live_certificate=""
+stack_values="" issuer="" applied="" replicas="" live_role="" live_queue="" live_tokens="" live_certificate=""
 dead_letters="" token_found=""
+exec 3>&2 # the terminal, wherever a command's output goes when the run ends
 trap finish EXIT
 trap 'exit 130' INT TERM HUP PIPE
 read_arguments "$@"
@@ -631,14 +670,20 @@ name=email-processor # of the stack, the repository, the namespace and what is i
 stack=$name${environment:+-$environment} role=$name-role${environment:+-$environment} repository=$registry/$stack
 # Only the shell itself needs it, not every tool that is started.
 export -n API_TOKEN
-export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER=""
+export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER="" KUBERC=off
 unset KUBECTL_EXTERNAL_DIFF # its exit status might mean something else
+stopped="the service is stopped: kubectl --namespace $name scale deployment/$name --replicas 2 starts it"
+case $region in # as in botocore's list of partitions
+  cn-*) partition=aws-cn dns_suffix=amazonaws.com.cn ;;
+  eusc-*) partition=aws-eusc dns_suffix=amazonaws.eu ;;
+  us-gov-*) partition=aws-us-gov dns_suffix=amazonaws.com ;;
+  us-iso-*) partition=aws-iso dns_suffix=c2s.ic.gov ;;
+  us-isob-*) partition=aws-iso-b dns_suffix=sc2s.sgov.gov ;;
+  us-isof-*) partition=aws-iso-f dns_suffix=csp.hci.ic.gov ;;
+  eu-isoe-*) partition=aws-iso-e dns_suffix=cloud.adc-e.uk ;;
+  *) partition=aws dns_suffix=amazonaws.com ;;
+esac
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 work=$(mktemp -d)
 
-case $mode in
-  deploy) deploy ;;
-  delete) delete_all ;;
-  dry-run) dry_run ;;
-  render) print_manifests ;;
-esac
+"${mode/-/_}" # deploy, dry_run, render or delete

@@ -45,7 +45,7 @@ def aws(state: Object, arguments: list[str], text: str) -> str:
         sys.exit("An error occurred (AccessDenied)")
     match service, command:
         case "sts", _:
-            return f"{state['account']}\tarn:aws:iam::{state['account']}:user/me\n"
+            return f"{state['account']}\n"
         case "cloudformation", "describe-stacks":
             if state["stack"] is None:
                 sys.exit("An error occurred (ValidationError): Stack does not exist")
@@ -89,20 +89,32 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
     objects = state["objects"]
     if state["unreadable"] in arguments:
         sys.exit("Error from server (Forbidden)")
+    for word in {*state["down"]} & {*arguments}:
+        state["down"][word] -= 1
+        if state["down"][word] < 0:  # until somebody logs in again
+            sys.exit("error: You must be logged in to the server (Unauthorized)")
+        if not state["down"][word]:
+            del state["down"][word]
+        save(state)
+        sys.exit("The connection to the server was refused - did you specify the right host?")
     match arguments:
         case ["get", *words, "--output", path] if path.startswith("jsonpath="):
             name = "/".join(word for word in words if not word.startswith("--"))
             name = name.replace("hpa/", "horizontalpodautoscaler/")
-            return field(objects[name], path.removeprefix("jsonpath=")) if name in objects else ""
+            paths = path.removeprefix("jsonpath=").split("}{")
+            return "".join(field(objects[name], path) for path in paths) if name in objects else ""
+        case ["get", "pods", *_, "--output", "name"]:
+            return "".join(f"{name}\n" for name in objects if name.startswith("pod/"))
         case ["get", ("pods" | "events") as kind, *_]:
             return f"{kind}: Back-off pulling image\n"
-        case ["describe", "ingress", name]:
-            return f"events of {name}\n"
-        case ["logs", *_]:
+        case ["describe", kind, name]:
+            return f"events of {kind} {name}\n"
+        case ["logs", name, *_]:
+            assert name in objects, "a usage text"
             return "AWS_REGION must be a region\n"
         case ["diff", *_]:
             sys.exit(not all(is_applied(state, each) for each in documents(text)))
-        case ["apply", "-f", "-"]:
+        case ["apply", "--server-side=false", "-f", "-"]:
             manifests = documents(text)
             done = [apply(state, each) for each in manifests if each["kind"] != state["refused"]]
             if len(done) < len(manifests):
@@ -117,10 +129,24 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
         case ["scale", _, "--replicas", number]:
             operation = {"op": "replace", "path": "/spec/replicas", "value": int(number)}
             store(state, patched(objects[DEPLOYMENT], [operation]))
+        case ["annotate", *_, change]:
+            annotations = objects[DEPLOYMENT]["metadata"]["annotations"]
+            if change.endswith("-"):
+                annotations.pop(change[:-1], None)
+            else:
+                annotations.update([change.split("=")])
+        case ["rollout", "restart", _]:
+            again = json.loads(json.dumps(objects[DEPLOYMENT]))
+            again["spec"]["template"]["metadata"]["annotations"]["restartedAt"] = "now"
+            store(state, again)
         case ["rollout", "status", *_]:
             return roll_out(state)
-        case ["delete", *_]:
-            objects.clear()
+        case ["delete", kind, name, *options]:
+            asks = state["kuberc"] and os.environ.get("KUBERC") != "off"
+            if kind in state["stuck"]:
+                sys.exit(f"error: timed out waiting for the condition on {kind}s/{name}")
+            if not asks and "--interactive=false" in options and not state["kept"]:
+                objects.pop(f"{kind}/{name}", None)
         case _:
             sys.exit(f"unknown command {arguments}")
     return ""
@@ -139,10 +165,11 @@ def field(value: Any, path: str) -> str:
         if wanted:
             value = next((each for each in value if each[key] == wanted), {})
         else:
-            value = value[int(index)] if index else value.get(name.replace("\\", ""), {})
+            key = int(index) if index else name.replace("\\", "")
+            value = value[key] if index and value else value.get(key, {})
     if isinstance(value, str):
         return value
-    return "" if value == {} else json.dumps(value)
+    return "" if value == {} else json.dumps(value, separators=(",", ":"))
 
 
 def patched(found: Object, operations: list[Any]) -> Object:
@@ -180,15 +207,23 @@ def apply(state: Object, manifest: Object) -> str:
     if name == DEPLOYMENT:
         after["spec"]["replicas"] = before["spec"]["replicas"] if before else 1
         # kubectl takes away what it has applied, and nothing else.
-        kept = (before or {}).get("spec", {})
-        last = json.loads((before or after)["metadata"]["annotations"][LAST_APPLIED])["spec"]
-        after["spec"] = {key: kept[key] for key in kept if key not in last} | after["spec"]
+        kept = before or after
+        last = json.loads(kept["metadata"]["annotations"][LAST_APPLIED])
+        keep(kept["spec"], last["spec"], after["spec"])
+        notes = [each["metadata"]["annotations"] for each in (kept, last, after)]
+        keep(*notes)
         if state["rollout_fails"]:
             state["broken"].append(after["spec"]["template"])
     if state["hostname"] and manifest["kind"] == "Ingress":
         after["status"] = {"loadBalancer": {"ingress": [{"hostname": state["hostname"]}]}}
     store(state, after)
     return f"{name} {'configured' if before else 'created'}\n"
+
+
+def keep(before: Object, last: Object, after: Object) -> None:
+    """Add to an object the fields of the live one that were not applied."""
+    for key in before.keys() - last.keys() - after.keys():
+        after[key] = before[key]
 
 
 def store(state: Object, after: Object) -> None:
@@ -202,20 +237,22 @@ def store(state: Object, after: Object) -> None:
 
 def roll_out(state: Object) -> str:
     deployment = state["objects"][DEPLOYMENT]
-    print("Waiting for deployment", flush=True)
+    print("Waiting for deployment\n" * 3, end="", flush=True)
     if state["blocks"]:
         (FOLDER / "go").read_text()  # a named pipe
-    if state["interrupted"]:
-        state["interrupted"] = False
-        save(state)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    container["image"] = state["meanwhile"] or container["image"]  # as another run does
+    if state["added"]:
+        state["stack"]["QueueArns"] += state["added"]
     deployment["spec"]["replicas"] += state["more"]  # as the autoscaler does
     state["more"] = 0
     broken = deployment["spec"]["template"] in state["broken"]
+    broken |= deployment["status"]["conditions"][0]["reason"] == "ProgressDeadlineExceeded"
     reason = "ProgressDeadlineExceeded" if broken else "NewReplicaSetAvailable"
     deployment["status"]["conditions"][0]["reason"] = reason
     if broken:
+        if state["pod"]:
+            state["objects"]["pod/new"] = {"status": state["pod"]}
         save(state)
         sys.exit("error: deployment exceeded its progress deadline")
     return 'deployment "email-processor" successfully rolled out\n'
@@ -235,6 +272,12 @@ def main() -> None:
         call = {"tool": tool, "arguments": arguments, "stdin": text, "names": [*os.environ]}
         calls.write(json.dumps(call) + "\n")
     state = json.loads((FOLDER / "state.json").read_text())
+    if state["interrupted"] in arguments:
+        state["interrupted"] = ""
+        save(state)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
     if tool == "docker":
         sys.stdout.write(docker(state, arguments))
     elif tool == "kubectl":

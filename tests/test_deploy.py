@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import botocore.session
 import kubernetes_validate
 import pytest
 import yaml
@@ -56,6 +57,9 @@ DEPLOYMENT = "deployment/email-processor"
 CONFIG = "configmap/email-processor-config"
 TEXT_TOOLS = ("awk", "cut", "grep", "head", "paste", "sed", "tail", "tr")
 UTILITIES = (*TEXT_TOOLS, "bash", "cat", "cp", "dirname", "mktemp", "rm")
+PARTITIONS = botocore.session.get_session().get_data("partitions")["partitions"]
+HOST = "jsonpath={.status.loadBalancer.ingress[0].hostname}"
+TEMPLATE = "jsonpath={.spec.template}"
 # A shell cannot trap a signal that whoever started the tests ignores.
 NOT_IGNORED = [
     *(sys.executable, "-ISc"),
@@ -81,9 +85,14 @@ class World:
         controller = {"spec": {"controller": "ingress.k8s.aws/alb"}}
         self.set(
             **dict.fromkeys(
-                ("build_fails", "rollout_fails", "interrupted", "blocks", "curl_fails"), False
+                ("build_fails", "rollout_fails", "blocks", "curl_fails", "kuberc", "kept"), False
             ),
-            **dict.fromkeys(("unreadable", "refused", "refused_by_aws"), ""),
+            **dict.fromkeys(
+                ("unreadable", "refused", "refused_by_aws", "interrupted", "meanwhile", "stuck"), ""
+            ),
+            added="",
+            down={},
+            pod={"containerStatuses": [{"ready": False}]},
             engine=True,
             pushed=[],
             broken=[],
@@ -449,6 +458,38 @@ def test_rendered_manifests_hold_what_stack_and_options_say(machine: World) -> N
     assert {"name": "TOKEN_SSM_PARAMETER", "value": names} in container(manifests)["env"]
 
 
+@needs_kubectl
+@pytest.mark.parametrize("partition", PARTITIONS, ids=lambda each: str(each["id"]))
+def test_names_fit_the_partition_of_the_region(
+    machine: World, tmp_path: Path, partition: dict[str, Any]
+) -> None:
+    region = next(name for name in partition["regions"] if "global" not in name)
+    path = only(tmp_path / "few", *UTILITIES, "git", "kubectl")
+    result = machine.run("--render", "--region", region, registry="registry", PATH=path)
+    manifests = list(yaml.safe_load_all(result.stdout))
+    url = f"https://sqs.{region}.{partition['outputs']['dnsSuffix']}/{ACCOUNT}/dev-CP-queue"
+    assert of_kind(manifests, "ConfigMap")["data"]["sqs_queue_url"] == url
+    role = of_kind(manifests, "ServiceAccount")["metadata"]["annotations"]
+    assert [*role.values()] == [ROLE.replace("aws", partition["id"], 1)]
+
+
+@needs_kubectl
+def test_staged_change_is_part_of_the_tag(machine: World, checkout: Path, tmp_path: Path) -> None:
+    path = only(tmp_path / "few", *UTILITIES, "git", "kubectl")
+    command = (str(checkout / "deploy.sh"), REGISTRY, ACCOUNT, "--render")
+    images = []
+    for change in ("", "staged", "changed again"):
+        if change:
+            with (checkout / "app.py").open("a") as file:
+                file.write(f"# {change}\n")
+        if change == "staged":
+            git(checkout, "add", "app.py")
+        result = machine.execute(*command, PATH=path)
+        images.append(container(list(yaml.safe_load_all(result.stdout)))["image"])
+    assert ["-dirty-" in image for image in images] == [False, True, True]
+    assert len({*images}) == 3
+
+
 # --- Roll-out -------------------------------------------------------------------------------------
 
 
@@ -527,10 +568,12 @@ PASSES = "echo $1 $TOKEN_SSM_PARAMETER $AWS_REGION"  # all that test.sh is given
     ("state", "url", "script", "shown"),
     [
         ({"rollout_fails": True, "more": 3}, "", "", "The step 'wait for the roll-out' failed"),
-        ({"interrupted": True}, "", "", "deploy.sh: Interrupted."),
+        ({"interrupted": "status"}, "", "", "Interrupted in the step 'wait for the roll-out'"),
+        ({"interrupted": "apply"}, "", "", "Interrupted in the step 'apply the manifests"),
+        ({"interrupted": HOST}, "alb", "", "Interrupted in the step 'wait for the ALB'"),
         ({"refused": "PodDisruptionBudget"}, "", "", "PodDisruptionBudget is invalid"),
         ({"refused": "Deployment"}, "", "", "Deployment is invalid"),
-        ({"curl_fails": True}, "alb", PASSES, "alb.example/health does not answer after 1 s"),
+        ({"curl_fails": True}, "alb", PASSES, "alb.example/health does not answer"),
         ({}, "alb", f"{PASSES}; false", f"http://alb.example {PARAMETER} us-west-1"),
         ({}, "https://mail.example/", PASSES, f"https://mail.example {PARAMETER} us-west-1"),
     ],
@@ -574,12 +617,192 @@ def test_failure_after_a_failure_does_not_wait_twice(machine: World) -> None:
         errors = machine.fail(*options)
         assert "Back-off pulling image" in errors
         assert "AWS_REGION must be a region" in errors
-        assert "there is nothing to go back to" in errors
+        assert "There is no release that worked before" in errors
         assert len(machine.calls("kubectl", "rollout")) == 1
         (events,) = machine.calls("kubectl", "events")
         assert "involvedObject.kind!=HorizontalPodAutoscaler" in " ".join(events["arguments"])
     machine.set(rollout_fails=False, broken=[])
     machine.deploy("--queue-name", "dev-CP-queue")
+
+
+@slow
+@pytest.mark.parametrize("options", [(), ("--certificate-arn", CERTIFICATE)])
+def test_first_deployment_that_timed_out_can_be_run_again(
+    machine: World, options: tuple[str, ...]
+) -> None:
+    machine.set(rollout_fails=True)
+    machine.fail()
+    machine.set(rollout_fails=False, broken=[])  # no node could take the pods, and now one can
+    assert "start the roll-out again" in machine.deploy(*options)
+    assert machine.calls("kubectl", "restart")
+    assert "nothing to change" in machine.deploy()
+    assert not machine.calls("kubectl", "restart")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("word", "options", "said"),
+    [
+        ("ingressclass/alb", "", "in the step 'check tools, credentials and cluster'.\n"),
+        ("ingressclass/alb", "--dry-run", "in the step 'check tools, credentials and cluster'.\n"),
+        ("get-login-password", "", "The Deployment was not changed.\n"),
+        (HOST, "", "in the step 'wait for the ALB'. The new release serves, and stays.\n"),
+        ("describe-target-groups", "", "The new release serves, and stays.\n"),
+        ("describe-parameters", "--delete", "in the step 'delete the token parameter"),
+    ],
+)
+def test_interruption_is_explained(machine: World, word: str, options: str, said: str) -> None:
+    machine.set(interrupted=word)
+    errors = machine.fail(*options.split(), status=130)
+    assert errors.startswith("deploy.sh: Interrupted in the step ")
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+@slow
+@pytest.mark.parametrize(
+    ("word", "times"), [("patch", 2), ("patch", 0), (TEMPLATE, 2), ("patch", "interrupted")]
+)
+def test_failed_check_is_undone_as_soon_as_the_cluster_responds(
+    running: World, checkout: Path, word: str, times: int | str
+) -> None:
+    before = unchanging(running)
+    changes = {"interrupted": word} if times == "interrupted" else {"down": {word: times}}
+    (running.folder / "changes.json").write_text(json.dumps(changes))
+    executable(
+        checkout / "test.sh",
+        f"#!{sys.executable}\nimport json, os, pathlib\n"
+        'folder = pathlib.Path(os.environ["STAND_IN"])\n'
+        'if (changes := folder / "changes.json").exists():\n'
+        '    state = json.loads((folder / "state.json").read_text())\n'
+        "    state.update(json.loads(changes.read_text()))\n"
+        '    (folder / "state.json").write_text(json.dumps(state))\n'
+        "    changes.unlink()\n    exit(1)\n",
+    )
+    command = (str(checkout / "deploy.sh"), REGISTRY, ACCOUNT, "--check", "alb")
+    result = running.execute(*command)
+    assert result.returncode == 1
+    assert f"Going back to {container([before[1]])['image']}, which ran before" in result.stderr
+    if times:
+        assert result.stderr.endswith("undone: what ran before serves again.\n")
+        assert unchanging(running) == before
+        return
+    image = container([running.objects[DEPLOYMENT]])["image"]
+    assert "Unauthorized" in result.stderr
+    assert result.stderr.endswith(f"Going back failed. The Deployment has {image}.\n")
+    running.set(down={})  # somebody has logged in again
+    result = running.execute(*command)
+    assert "the last run did not complete it" in result.stdout
+    assert "nothing to change" in running.execute(*command).stdout
+
+
+@slow
+@pytest.mark.parametrize(
+    ("down", "problem"),
+    [
+        ({"status": 2, HOST: 2}, ""),
+        ({"status": 0}, "The step 'wait for the roll-out' failed"),
+        (
+            {HOST: 0},
+            "There is no ALB yet. See the events above, and kubectl --namespace kube-system",
+        ),
+    ],
+)
+def test_wait_ends_for_an_error_that_does_not_pass(
+    machine: World, down: dict[str, int], problem: str
+) -> None:
+    machine.set(down=down)
+    if not problem:
+        machine.deploy()
+        return
+    errors = machine.fail()
+    assert errors.startswith("error: You must be logged in to the server (Unauthorized)\n")
+    assert problem in errors
+    assert not machine.calls("sleep")
+
+
+@slow
+@pytest.mark.parametrize("check", [(), ("--check", "alb")])
+def test_run_does_not_claim_or_undo_the_release_of_another(
+    running: World, checkout: Path, check: tuple[str, ...]
+) -> None:
+    executable(checkout / "test.sh", "#!/bin/sh\nexit 1\n")
+    running.set(meanwhile="another", added="")
+    result = running.execute(str(checkout / "deploy.sh"), REGISTRY, ACCOUNT, *check)
+    assert result.returncode == 1
+    assert "The Deployment was changed meanwhile, to another." in result.stderr
+    assert "stays" not in result.stderr
+    assert container([running.objects[DEPLOYMENT]])["image"] == "another"
+
+
+@slow
+def test_right_that_another_run_has_added_is_kept(running: World) -> None:
+    running.set(added=f",{QUEUE}new")
+    running.deploy("--queue-name", "other")
+    assert running.rights()[-1][0] == "other,new"
+
+
+@slow
+def test_stopped_service_is_not_called_running(running: World) -> None:
+    objects = running.objects
+    objects[DEPLOYMENT]["spec"]["replicas"] = 0
+    running.set(objects=objects)
+    assert "A stopped service cannot pass --check" in running.fail("--check", "alb")
+    output = running.deploy("--queue-name", "other")
+    assert output.count("note: the service is stopped: kubectl") == 2
+
+
+@slow
+@pytest.mark.parametrize(
+    ("pod", "shown", "hidden"),
+    [
+        (None, "Back-off pulling image", "usage"),
+        (
+            {
+                "containerStatuses": [{"ready": True}],
+                "conditions": [{"status": "False", "message": "the gate is closed"}],
+            },
+            "the gate is closed",
+            "AWS_REGION must be",
+        ),
+        ({"containerStatuses": [{"ready": False}]}, "AWS_REGION must be", "gate"),
+    ],
+)
+def test_reason_of_a_failed_roll_out_is_shown(
+    machine: World, pod: dict[str, Any] | None, shown: str, hidden: str
+) -> None:
+    machine.set(rollout_fails=True, pod=pod)
+    result = machine.run()
+    assert result.stdout.count("Waiting for deployment") == 1
+    assert shown in result.stderr
+    assert hidden not in result.stderr
+    assert result.stderr.endswith("no release that worked before, so the new pods stay.\n")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ({"kuberc": True}, ""),
+        ({"kept": True}, "The namespace email-processor is still there"),
+        ({"stuck": "namespace"}, "The namespace email-processor is still there"),
+        (
+            {"stuck": "ingress"},
+            "The Ingress was not deleted, so the ALB may be left. See the events",
+        ),
+    ],
+)
+def test_deletion_is_verified(running: World, state: dict[str, Any], problem: str) -> None:
+    running.set(**state)
+    if not problem:
+        running.deploy("--delete")
+        assert "namespace/email-processor" not in running.objects
+        return
+    errors = running.fail("--delete")
+    assert problem in errors.splitlines()[-1]
+    assert ("events of" in errors) == ("stuck" in state)
+    assert running.calls("kubectl", "delete")
+    assert not running.calls("aws", "delete-stack")
 
 
 @slow
@@ -608,8 +831,10 @@ def test_progress_of_the_roll_out_is_shown_at_once(machine: World) -> None:
 def test_load_balancer_that_does_not_come_is_a_failure(machine: World) -> None:
     machine.set(hostname="")
     errors = machine.fail("--timeout", "1")
-    assert errors.startswith("events of email-processor-ingress\nThere is no ALB after 1 s")
-    assert "The step 'wait for the ALB' failed" in errors
+    assert errors.startswith(
+        "events of ingress email-processor-ingress\ndeploy.sh: There is no ALB"
+    )
+    assert errors.endswith("The new release serves, and stays.\n")
     assert not machine.calls("kubectl", "patch")
 
 
