@@ -57,10 +57,8 @@ step() {
 problem() { problems+=("$1"); }
 # The last line that a tool complained with; run it with 2>"$work/error" before.
 complaint() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
-
 # Sets answer to what a command prints, or notes a problem: this text, and the command's complaint.
 ask() { answer=$("${@:2}" 2>"$work/error") || { problem "$1 ($(complaint))." && return 1; }; }
-
 # Runs a tool that has much to say; its last lines are shown only when it fails.
 quietly() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
 
@@ -175,10 +173,8 @@ check_cluster() {
     return 0
   }
   issuer=${answer#https://}
-  read_cluster 2>"$work/error" || {
-    problem "kubectl does not reach the cluster $cluster: check the network, --context and your access ($(complaint))."
-    return 0
-  }
+  read_cluster 2>"$work/error" ||
+    { problem "kubectl does not reach the cluster $cluster: check --context and access ($(complaint))." && return; }
   [[ ${live_role:-$own_role} == *"$own_role" ]] ||
     problem "The cluster $cluster belongs to another deployment, of $live_role: correct --cluster or --environment."
   [ "$mode" != delete ] || return 0
@@ -195,8 +191,7 @@ check_cluster() {
 run eksctl utils associate-iam-oidc-provider --region $region --cluster $cluster --approve."
 }
 
-# Options that were left out: as what runs, which after a failed run is not what the stack holds, else as
-# the stack, else as in --help.
+# Order of precedence: the option, the cluster (after a failed run the stack differs from it), the stack, the default.
 complete_options() {
   queue=${queue_name:-${live_queue##*/}} queue=${queue:-$(value_of QueueName)} queue=${queue:-dev-CP-queue}
   queue_url=https://sqs.$region.$dns_suffix/$account/$queue
@@ -325,8 +320,7 @@ make_token() {
   token_found=${tokens%%,*} key=$(value_of TokenKeyArn)
   token | AWS_CLI_FILE_ENCODING=UTF-8 aws ssm put-parameter --name "$token_found" --type SecureString \
     --value file:///dev/stdin --tags "Key=made-by-stack,Value=$stack" ${key:+--key-id "$key"} >/dev/null
-  say "made $token_found; clients need its value:"
-  say "aws ssm get-parameter --with-decryption --region $region --name $token_found"
+  say "made it; for clients: aws ssm get-parameter --with-decryption --region $region --name $token_found"
 }
 
 # The login of a registry that is not AWS's is yours.
@@ -427,8 +421,7 @@ apply_manifests() {
   fi
 }
 
-# It ends when for progressDeadlineSeconds nothing has gone on. A limit to the whole would undo the
-# healthy roll-out of many pods.
+# Its limit is progressDeadlineSeconds: one for all of it would undo the healthy roll-out of many pods.
 rollout() { kube rollout status "deployment/$name" | indent; }
 
 # The autoscaler's events would crowd out those of the pods.
@@ -473,20 +466,15 @@ put_back() {
 
 # Goes back to what ran before, and says so in failure.
 go_back() {
-  local now
-  if [ "$served" != NewReplicaSetAvailable ]; then
-    failure+=" There is no release that worked before, so the new pods stay."
-    return
-  fi
+  [ "$served" = NewReplicaSetAvailable ] ||
+    { failure+=" No release that worked ran before, so nothing was undone." && return; }
   echo "deploy.sh: $failure Going back to $(image_of "$old_release"), which ran before."
-  if wait_until 60 put_back; then
-    trap : INT TERM HUP # they end the wait alone
-    failure="The deployment was undone: what ran before serves again."
-    rollout || failure="The deployment was undone, but not all pods serve yet: see kubectl --namespace $name get pods."
-  else
-    now=$(release 2>/dev/null) || now="probably the new release, $image"
-    failure="Going back failed. The Deployment has $(image_of "$now")."
-  fi
+  failure="Going back failed. The Deployment has"
+  wait_until 60 put_back ||
+    { failure+=" $(image_of "$(release 2>/dev/null || echo "probably the new release, $image")")." && return; }
+  trap : INT TERM HUP # they end the wait alone
+  failure="The deployment was undone: what ran before serves again."
+  rollout || failure="The deployment was undone, but not all pods serve yet: see kubectl --namespace $name get pods."
 }
 
 # The end of every run. A failure is explained, and what was applied is undone.
@@ -617,7 +605,7 @@ render() {
 }
 
 delete() {
-  local made parameter queues url
+  local made parameter
   preflight
   step "delete the Ingress, with its ALB, and the namespace $name"
   if [ -z "$issuer" ]; then
@@ -640,12 +628,10 @@ delete() {
     say "deleted $parameter"
   done
   step "delete the stack $stack"
-  queues=$(aws cloudformation describe-stack-resources --stack-name "$stack" --output text \
-    --query "StackResources[?ResourceType=='AWS::SQS::Queue'].PhysicalResourceId" 2>/dev/null) || true
   aws cloudformation delete-stack --stack-name "$stack"
   aws cloudformation wait stack-delete-complete --stack-name "$stack"
-  for url in $queues; do
-    say "kept $url with its messages; to delete it: aws sqs delete-queue --region $region --queue-url $url"
+  [ "$(value_of CreateQueue)" != true ] || for queue in "$(value_of QueueName)" "$(value_of DeadLetterQueueName)"; do
+    say "kept $queue; to delete it: aws sqs delete-queue --region $region --queue-url ${queue_url%/*}/$queue"
   done
   echo "Deleted."
 }

@@ -617,7 +617,7 @@ def test_failure_after_a_failure_does_not_wait_twice(machine: World) -> None:
         errors = machine.fail(*options)
         assert "Back-off pulling image" in errors
         assert "AWS_REGION must be a region" in errors
-        assert "There is no release that worked before" in errors
+        assert "No release that worked ran before" in errors
         assert len(machine.calls("kubectl", "rollout")) == 1
         (events,) = machine.calls("kubectl", "events")
         assert "involvedObject.kind!=HorizontalPodAutoscaler" in " ".join(events["arguments"])
@@ -776,7 +776,7 @@ def test_reason_of_a_failed_roll_out_is_shown(
     assert result.stdout.count("Waiting for deployment") == 1
     assert shown in result.stderr
     assert hidden not in result.stderr
-    assert result.stderr.endswith("no release that worked before, so the new pods stay.\n")
+    assert result.stderr.endswith("No release that worked ran before, so nothing was undone.\n")
 
 
 @slow
@@ -1011,7 +1011,8 @@ def test_environment_is_made_and_deleted_but_for_its_queue(world: World) -> None
     assert f"there is no cluster {CLUSTER} any more" in output
     assert f"deleted {parameter}" in output
     assert output.endswith("\nDeleted.\n")
-    assert re.search(r"kept \S+/new with its messages; to delete it: aws sqs delete-queue", output)
+    for queue in ("new", "new-dlq"):
+        assert re.search(rf"kept {queue}; to delete it: aws sqs .* --queue-url \S+/{queue}\n", output)
     assert stacks(world) == {}
     assert world.token()["Value"] == "production's"
 
