@@ -482,7 +482,7 @@ finish() {
   local status=$?
   set +e # an explanation that cannot be printed must not end this
   trap '' INT TERM HUP PIPE # a second Ctrl-C must not leave half of it
-  exec >&3 2>&3 # the failed command's output may go into a file, and nobody may read standard output
+  exec >&3 2>&3 # output may go into a file here, and standard output may be a closed pipe
   if [ "$status" -ne 0 ]; then
     [ "$status" -ne 130 ] || failure="Interrupted in the step '$doing'."
     [ -n "$failure" ] || failure="The step '$doing' failed. Correct the reasons above, and run this again." status=1

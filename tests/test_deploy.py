@@ -80,7 +80,9 @@ class World:
         for tool in tools:
             stand_in = [sys.executable, str(PROJECT / "tests" / "stand_in.py"), tool]
             executable(self.folder / "bin" / tool, f'#!/bin/sh\nexec {shlex.join(stand_in)} "$@"\n')
-        executable(self.folder / "bin" / "sleep", "#!/bin/sh\n")
+        call = json.dumps({"tool": "sleep", "arguments": []})
+        sleep = f"#!/bin/sh\necho '{call}' >>\"$STAND_IN/calls.jsonl\"\n"
+        executable(self.folder / "bin" / "sleep", sleep)
         (self.folder / "calls.jsonl").touch()
         controller = {"spec": {"controller": "ingress.k8s.aws/alb"}}
         self.set(
@@ -715,7 +717,7 @@ def test_wait_ends_for_an_error_that_does_not_pass(
     if not problem:
         machine.deploy()
         return
-    errors = machine.fail()
+    errors = machine.fail("--timeout", "1")
     assert errors.startswith("error: You must be logged in to the server (Unauthorized)\n")
     assert problem in errors
     assert not machine.calls("sleep")
