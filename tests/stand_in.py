@@ -87,7 +87,7 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
     while arguments[0] in ("--context", "--namespace"):
         arguments = arguments[2:]
     objects = state["objects"]
-    if state["unreadable"] in arguments:
+    if state["unreadable"] and state["unreadable"] in arguments:
         sys.exit("Error from server (Forbidden)")
     for word in {*state["down"]} & {*arguments}:
         state["down"][word] -= 1
@@ -272,7 +272,7 @@ def main() -> None:
         call = {"tool": tool, "arguments": arguments, "stdin": text, "names": [*os.environ]}
         calls.write(json.dumps(call) + "\n")
     state = json.loads((FOLDER / "state.json").read_text())
-    if state["interrupted"] in arguments:
+    if state["interrupted"] and state["interrupted"] in arguments:
         state["interrupted"] = ""
         save(state)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:

@@ -480,11 +480,10 @@ def test_staged_change_is_part_of_the_tag(machine: World, checkout: Path, tmp_pa
     path = only(tmp_path / "few", *UTILITIES, "git", "kubectl")
     command = (str(checkout / "deploy.sh"), REGISTRY, ACCOUNT, "--render")
     images = []
-    for change in ("", "staged", "changed again"):
+    for change in ("", "staged", "staged again"):
         if change:
             with (checkout / "app.py").open("a") as file:
                 file.write(f"# {change}\n")
-        if change == "staged":
             git(checkout, "add", "app.py")
         result = machine.execute(*command, PATH=path)
         images.append(container(list(yaml.safe_load_all(result.stdout)))["image"])
@@ -1014,7 +1013,9 @@ def test_environment_is_made_and_deleted_but_for_its_queue(world: World) -> None
     assert f"deleted {parameter}" in output
     assert output.endswith("\nDeleted.\n")
     for queue in ("new", "new-dlq"):
-        assert re.search(rf"kept {queue}; to delete it: aws sqs .* --queue-url \S+/{queue}\n", output)
+        assert re.search(
+            rf"kept {queue}; to delete it: aws sqs .* --queue-url \S+/{queue}\n", output
+        )
     assert stacks(world) == {}
     assert world.token()["Value"] == "production's"
 
