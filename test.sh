@@ -113,7 +113,7 @@ command -v curl >/dev/null || die "curl is missing. Install it (apt install curl
 no_proxy=${no_proxy:-${NO_PROXY:-}},localhost,127.0.0.1,::1
 export no_proxy
 
-request_id=test-sh-$(date +%s)-$$ # which consumers and log lines can be searched for
+request_id=test-sh-$$-$RANDOM # which consumers and log lines can be searched for
 token="" came="" complaint="" number=0 failed=0 hint=""
 find_token
 
