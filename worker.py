@@ -40,7 +40,7 @@ SWEEP_SECONDS = 0.1  # between two checks of all deadlines
 
 _is_request_line = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[0-9]\r\n").match
 _framing_headers = re.compile(
-    rb"\r\n(content-length|transfer-encoding|expect):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.I
+    rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*+)(?=\r\n)", re.I
 ).findall
 _chunk_size = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;[^\r\n]*)?\r\n").match
 
@@ -102,7 +102,8 @@ class ReceivedRequest:
     def _read_framing(self) -> None:
         """Find where the body ends. A head that Gunicorn's parser rejects needs no body."""
         lengths, codings, is_valid = list[bytes](), list[bytes](), True
-        for name, value in _framing_headers(self.data, 0, self._body_start):
+        for name, padded in _framing_headers(self.data, 0, self._body_start):
+            value = padded.strip(b" \t")
             if name.lower() == b"content-length":
                 lengths.append(value)
             elif name.lower() == b"transfer-encoding":

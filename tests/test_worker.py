@@ -197,6 +197,14 @@ def test_client_that_does_not_close_is_closed(service: Service, sent: bytes, sta
         eventually(is_reset)
 
 
+@pytest.mark.parametrize("end", [b"\n\r\n\r\n", b"x\r\r\n\r\n", b"x\r\n\r\n"])
+def test_spaces_in_a_header_take_no_time(service: Service, end: bytes) -> None:
+    """The head arrives in one piece. A pattern that backtracks takes minutes for it."""
+    head = request_head("GET", "/health").removesuffix(b"\r\n")
+    for spaces in (b" " * 4000, b"x" + b"\t" * 8000):
+        assert service.ask(head, b"Content-Length:", spaces, end).status == 400
+
+
 @pytest.mark.parametrize(
     "head", [post_head("Content-Length: 9", "Content-Length: 8"), b"garbage\r\n"]
 )
