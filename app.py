@@ -512,7 +512,7 @@ def record_answer(path: str, status: int, client: str = "", **line: Any) -> None
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
         line = {name: value for name, value in line.items() if value is not None}
-        line["client"] = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
+        line["client"] = client
         log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
@@ -1306,6 +1306,13 @@ def result_of(results: list[str | Exception]) -> str:
     return "timeout" if isinstance(failures[0], TIMEOUTS) else "unavailable"
 
 
+class Delivery(Future[str]):
+    """Gives the MessageId once SQS has the message, or raises ApiError."""
+
+    attempts = 0
+    batch_size = 0  # of the last call
+
+
 @dataclass(slots=True, eq=False)
 class Pending:
     """A message that waits for SQS, or is in flight."""
@@ -1316,7 +1323,7 @@ class Pending:
     deadline: float
     attempts: int = 0
     send_separately: bool = False  # SQS rejected a batch that contained it
-    message_id: Future[str] = field(default_factory=Future)  # or an ApiError
+    message_id: Delivery = field(default_factory=Delivery)
 
 
 class Publisher:
@@ -1377,10 +1384,10 @@ class Publisher:
         self._probe_at = 0.0  # when the next probe may start
         self._probe_batch: list[Pending] | None = None  # in flight
 
-    def publish(self, message: Message) -> Future[str]:
-        """Queue the message. The future gives its SQS MessageId once SQS has it.
+    def publish(self, message: Message) -> Delivery:
+        """Queue the message.
 
-        The future, or this call, raises ApiError: message_too_large by the queue's own limit,
+        The delivery, or this call, raises ApiError: message_too_large by the queue's own limit,
         queue_unavailable, or overloaded.
         """
         entry, size = message.entry(self._fifo)
@@ -1519,6 +1526,8 @@ class Publisher:
             with self._lock:
                 for pending, result in zip(in_time, results, strict=True):
                     pending.attempts += 1
+                    pending.message_id.attempts = pending.attempts
+                    pending.message_id.batch_size = len(in_time)
                     if isinstance(result, str):
                         outcomes[pending] = result
                         continue
@@ -1654,6 +1663,8 @@ class Exchange:
     trace_header: str
     started: float
     is_measured: bool = False  # by the metrics of POST /process
+    delivery: Delivery | None = None
+    spans: list[Any] | None = None  # if it is traced
 
 
 class DeferredResponse(Response):
@@ -1694,11 +1705,14 @@ class Service(Flask):
     Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
     """
 
-    def __init__(self, settings: Settings, tokens: TokenStore, publisher: Publisher) -> None:
+    def __init__(
+        self, settings: Settings, tokens: TokenStore, publisher: Publisher, tracing: Any = None
+    ) -> None:
         super().__init__(__name__, static_folder=None)
         self.settings, self.tokens, self.publisher = settings, tokens, publisher
         for parameter in settings.token_ssm_parameter:
             TOKENS_ACCEPTED.labels(parameter)  # there from the start, as every series
+        self.tracing = tracing  # a tracing.Tracing
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
         self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
         self.post("/process")(self.process)
@@ -1737,7 +1751,10 @@ class Service(Flask):
         trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
         request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
         line = {"request_id": request_id, "trace_id": trace_id}
-        return Exchange(environ, line, trace_header, time.perf_counter())
+        exchange = Exchange(environ, line, trace_header, time.perf_counter())
+        if self.tracing:
+            self.tracing.begin(exchange)
+        return exchange
 
     def end(self, response: Response) -> Response:
         if isinstance(response, DeferredResponse):
@@ -1749,6 +1766,9 @@ class Service(Flask):
         environ, line = exchange.environ, exchange.line
         response.headers["X-Request-Id"] = line["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
+        # The ALB appends the address that it saw; the client may have sent the rest.
+        client = forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", "")
+        client = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
         duration = time.perf_counter() - exchange.started
         if exchange.is_measured:
             REQUESTS_IN_FLIGHT.dec()
@@ -1756,19 +1776,20 @@ class Service(Flask):
         record_answer(
             method=environ["REQUEST_METHOD"],
             path=header_text(environ["PATH_INFO"]),
-            # The ALB appends the address that it saw; the client may have sent the rest.
-            client=forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", ""),
+            client=client,
             status=response.status_code,
             duration_ms=round(duration * 1000, 2),
             **line,
         )
+        if self.tracing:
+            self.tracing.end(exchange, response.status_code, client)
         return response
 
     def process(self) -> Response:
         exchange = g.exchange
         exchange.is_measured = True
         REQUESTS_IN_FLIGHT.inc()
-        message_id = self.take_message(exchange)
+        message_id = exchange.delivery = self.take_message(exchange)
 
         def respond() -> Response:
             try:
@@ -1784,8 +1805,8 @@ class Service(Flask):
 
         return DeferredResponse(message_id, respond)
 
-    def take_message(self, exchange: Exchange) -> Future[str]:
-        """Read and check the request, and publish its message. The future gives the MessageId."""
+    def take_message(self, exchange: Exchange) -> Delivery:
+        """Read and check the request, and publish its message."""
         body = read_body(self.settings.max_request_bytes)
         check_media_type(request)
         members, data = parse_request(body)
@@ -1798,6 +1819,8 @@ class Service(Flask):
         exchange.line["token_parameter"] = parameter
         TOKENS_ACCEPTED.labels(parameter).inc()
         validate_data(members.pop("data", None))  # which frees its memory
+        if self.tracing:
+            self.tracing.publish(exchange)
         return self.publisher.publish(
             Message(
                 body=ascii_json(data),
@@ -1909,7 +1932,22 @@ def create_app(
     publisher = Publisher(
         sqs, probe, settings.sqs_queue_url, settings.sqs_calls_in_flight, executor, clock, pause
     )
-    return Service(settings, tokens, publisher)
+    return Service(settings, tokens, publisher, make_tracing(settings))
+
+
+def make_tracing(settings: Settings) -> Any:
+    """A tracing.Tracing if OpenTelemetry's variables turn tracing on, or None."""
+
+    def value(name: str) -> str:
+        return os.environ.get(f"OTEL_{name}", "").strip().lower()
+
+    endpoint = value("EXPORTER_OTLP_ENDPOINT") or value("EXPORTER_OTLP_TRACES_ENDPOINT")
+    if not endpoint or value("SDK_DISABLED") == "true" or value("TRACES_EXPORTER") == "none":
+        return None
+    from tracing import Tracing  # OpenTelemetry takes memory and time to load
+
+    build = {"service.version": VERSION, "vcs.ref.head.revision": COMMIT}
+    return Tracing(settings.sqs_queue_url, {"service.name": SERVICE, **build})
 
 
 # --- Local server ---------------------------------------------------------------------------------
@@ -1996,8 +2034,13 @@ def serve_without_gunicorn(settings: Settings) -> None:
     with listen(settings.port) as sock:
         host, app = sock.getsockname()[0], create_app(settings)
         server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())
+    if app.tracing:
+        app.tracing.start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with suppress(KeyboardInterrupt):
         server.serve_forever()
+    if app.tracing:
+        app.tracing.stop()
 
 
 def print_in_thread(text: str) -> None:

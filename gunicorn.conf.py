@@ -173,6 +173,15 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     worker.wsgi.warm_up()
+    if worker.wsgi.tracing:
+        worker.wsgi.tracing.start()
+
+
+def worker_exit(server: Any, worker: Any) -> None:
+    # The master also calls this, for a worker that it finds dead.
+    wsgi = getattr(worker, "wsgi", None)
+    if tracing := getattr(wsgi, "tracing", None):
+        tracing.stop()
 
 
 def child_exit(server: Any, worker: Any) -> None:

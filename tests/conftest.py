@@ -33,7 +33,10 @@ import app  # noqa: E402 - the path comes first
 
 # What the caller's shell has set for other things must not reach a test, nor what it starts.
 SETTINGS = {field.name.upper() for field in dataclasses.fields(app.Settings)}
-FOREIGN = "AWS_", "API_", "FORWARDED_", "GUNICORN_", "PIP_", "PROMETHEUS_", "PYTHON", "UV_", "WEB_"
+FOREIGN = (
+    *("AWS_", "API_", "FORWARDED_", "GUNICORN_", "OTEL_", "PIP_", "PROMETHEUS_", "PYTHON", "UV_"),
+    "WEB_",
+)
 for name in list(os.environ):
     if name in SETTINGS or name.startswith(FOREIGN) or name.lower().endswith("_proxy"):
         del os.environ[name]

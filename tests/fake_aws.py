@@ -156,6 +156,9 @@ class Services:
                 "message_id": message_id,
                 "body": body,
                 "attributes": {n: value["StringValue"] for n, value in attributes.items()},
+                "trace_header": entry.get("MessageSystemAttributes", {})
+                .get("AWSTraceHeader", {})
+                .get("StringValue"),
                 "batch_size": batch_size,
             }
             self.messages.append(message)

@@ -1,0 +1,239 @@
+"""OpenTelemetry: spans of requests and messages. app.py imports this only when tracing is on.
+
+A POST /process is a SERVER span. Below it is a PRODUCER span for its message, from publish() to the
+outcome. The message carries the producer's id, so that the consumer's spans are below that.
+OpenTelemetry's own variables configure everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import requests
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+
+if TYPE_CHECKING:
+    import app
+
+log = logging.getLogger("email_processor")
+
+NO_CONTEXT = Context()
+DEFAULT_PORTS = {"http": 80, "https": 443}
+_parent = re.compile("Parent=([0-9a-f]{16})(?=;|$)", re.I).search
+_host = re.compile(r"(.+?)(?::([0-9]{1,5}))?").fullmatch
+
+
+def text(value: Any) -> str:
+    """A value from outside, short and valid: else it would cost memory, or the batch of spans."""
+    return str(value)[:256].encode("utf-8", "replace").decode()
+
+
+def x_ray_id(trace_id: int) -> str:
+    return f"1-{trace_id >> 96:08x}-{trace_id & 2**96 - 1:024x}"
+
+
+def x_ray_header(span: Any) -> str:
+    context = span.get_span_context()
+    sampled = int(context.trace_flags.sampled)
+    return f"Root={x_ray_id(context.trace_id)};Parent={context.span_id:016x};Sampled={sampled}"
+
+
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """Tracing never fails a request or a start. A process logs the first exception only."""
+
+    @functools.wraps(method)
+    def call(self: Tracing, *arguments: Any) -> None:
+        try:
+            method(self, *arguments)
+        except Exception:
+            if not self.has_failed:
+                self.has_failed = True
+                log.exception("tracing failed; further failures are not logged")
+
+    return call
+
+
+class Ids(RandomIdGenerator):
+    """Makes a span without a parent part of the trace in the ALB's header, which has no parent.
+
+    OpenTelemetry's propagator for X-Ray drops such a trace.
+    """
+
+    def __init__(self) -> None:
+        self.given = threading.local()
+
+    def generate_trace_id(self) -> int:
+        # X-Ray's ids begin with the time in seconds.
+        return self.given.trace_id or int(time.time()) << 96 | random.getrandbits(96)
+
+
+class Session(requests.Session):
+    """Calls the collector, and does not read the bodies of its responses: one may be endless."""
+
+    result = ""
+
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        options["stream"] = True
+        try:
+            with super().request(*arguments, **options) as response:
+                self.result = f"{response.status_code} {response.reason}"
+                return response
+        except Exception as error:
+            self.result = str(error)
+            raise
+
+
+class Exporter(OTLPSpanExporter):
+    """Logs when spans begin to be lost, and when the collector takes them again."""
+
+    def __init__(self) -> None:
+        self.calls, self.is_failing = Session(), False
+        super().__init__(session=self.calls)
+
+    def export(self, spans: Any) -> SpanExportResult:
+        result = super().export(spans)
+        if (is_failing := result is not SpanExportResult.SUCCESS) != self.is_failing:
+            self.is_failing = is_failing
+            message = "spans are lost" if is_failing else "the collector takes spans again"
+            log.warning(message, extra={"cause": text(self.calls.result)})
+        return result
+
+
+class Tracing:
+    has_failed = False
+    tracer: Any = None  # until start()
+
+    @_harmless
+    def __init__(self, queue_url: str, resource: dict[str, Any]) -> None:
+        """Before the fork: the workers share the exporter's memory, of which TLS has 13 MB."""
+        self.exporter, self.resource = Exporter(), Resource(resource)
+        url = urlsplit(queue_url)
+        queue = url.path.rpartition("/")[2]
+        self.send = f"send {queue}"
+        self.send_attributes = {
+            "messaging.system": "aws_sqs",
+            "messaging.operation.name": "send",
+            "messaging.operation.type": "send",
+            "messaging.destination.name": queue,
+            "server.address": url.hostname or "",
+            "server.port": url.port or DEFAULT_PORTS[url.scheme],
+            # With these, X-Ray's map shows the queue; otherwise a service with the span's name.
+            "rpc.system": "aws-api",
+            "rpc.service": "SQS",
+            "aws.sqs.queue.url": queue_url,
+        }
+
+    @_harmless
+    def start(self) -> None:
+        """After the fork: a thread sends the spans, and each worker is an instance."""
+        self.ids = Ids()
+        # The environment comes last, so that it takes precedence over the service's own name.
+        resource = Resource.create().merge(self.resource).merge(OTELResourceDetector().detect())
+        self.provider = TracerProvider(
+            resource=resource, id_generator=self.ids, shutdown_on_exit=False
+        )
+        self.provider.add_span_processor(BatchSpanProcessor(self.exporter))
+        # From here on they would log each lost batch, some with a traceback.
+        for name in ("opentelemetry", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        log.info("tracing is on", extra={"sampler": self.provider.sampler.get_description()})
+        self.tracer = self.provider.get_tracer("email_processor")
+
+    @_harmless
+    def stop(self) -> None:
+        """Send the spans that are left, for a second at most: OpenTelemetry would wait for 30."""
+        if self.tracer:
+            stopping = threading.Thread(target=self.provider.shutdown, daemon=True)
+            stopping.start()
+            stopping.join(1)
+
+    @_harmless
+    def begin(self, exchange: app.Exchange) -> None:
+        """Start the request's span, and set the trace id of its log line."""
+        environ, line = exchange.environ, exchange.line
+        route = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if not self.tracer or route != ("POST", "/process"):
+            return
+        _, _, root = (line["trace_id"] or "1-0").partition("-")
+        trace_id = self.ids.given.trace_id = int(root.replace("-", ""), 16)
+        context = NO_CONTEXT
+        if parent := _parent(exchange.trace_header):
+            flags = trace.TraceFlags("Sampled=1" in exchange.trace_header)
+            remote = trace.SpanContext(trace_id, int(parent[1], 16), True, flags)
+            context = trace.set_span_in_context(trace.NonRecordingSpan(remote), NO_CONTEXT)
+        span = self.tracer.start_span("POST /process", context, trace.SpanKind.SERVER)
+        line["trace_id"] = x_ray_id(span.get_span_context().trace_id)
+        if span.is_recording():
+            exchange.spans = [span]
+        else:
+            # The message names the caller's span, if any: this one is not sent.
+            caller = f"{parent[0]};" if parent else ""
+            exchange.trace_header = f"Root={line['trace_id']};{caller}Sampled=0"
+
+    @_harmless
+    def publish(self, exchange: app.Exchange) -> None:
+        """Start the message's span, and set the header that goes with the message."""
+        if exchange.spans:
+            context = trace.set_span_in_context(exchange.spans[0], NO_CONTEXT)
+            span = self.tracer.start_span(self.send, context, trace.SpanKind.PRODUCER)
+            exchange.spans.append(span)
+            exchange.trace_header = x_ray_header(span)
+
+    @_harmless
+    def end(self, exchange: app.Exchange, status: int, client: str) -> None:
+        """End the spans. No attribute holds a token or a part of an email."""
+        environ, line = exchange.environ, exchange.line
+        error = line.get("error")
+        server, *producers = exchange.spans or [trace.INVALID_SPAN]
+        for span in producers:
+            span.set_attributes(self.send_attributes)
+            if delivery := exchange.delivery:
+                is_batch = delivery.batch_size > 1
+                span.set_attribute("rpc.method", "SendMessageBatch" if is_batch else "SendMessage")
+                span.set_attribute("email_processor.attempts", delivery.attempts)
+                if is_batch:
+                    span.set_attribute("messaging.batch.message_count", delivery.batch_size)
+            if error:
+                span.set_attribute("error.type", error)
+                span.set_status(trace.StatusCode.ERROR)
+            else:
+                span.set_attribute("messaging.message.id", text(line["message_id"]))
+            span.end()
+        if not server.is_recording():
+            return
+        scheme = environ.get("HTTP_X_FORWARDED_PROTO")
+        scheme = scheme if scheme in DEFAULT_PORTS else "http"
+        attributes = {
+            "http.request.method": "POST",
+            "http.response.status_code": status,
+            "http.route": "/process",
+            "url.path": "/process",
+            "url.scheme": scheme,
+            "client.address": text(client),
+            "email_processor.outcome": error or "success",
+            "email_processor.request_id": line["request_id"],
+        }
+        if host := _host(environ.get("HTTP_HOST", "")):
+            attributes["server.address"] = text(host[1])
+            attributes["server.port"] = int(host[2] or DEFAULT_PORTS[scheme])
+        if agent := environ.get("HTTP_USER_AGENT"):
+            attributes["user_agent.original"] = text(agent)
+        if status >= 500:  # by OpenTelemetry's conventions, a 4xx is no error of the server
+            attributes["error.type"] = error
+            server.set_status(trace.StatusCode.ERROR)
+        server.set_attributes(attributes)
+        server.end()
