@@ -26,7 +26,7 @@ RUN find botocore/data -mindepth 1 -maxdepth 1 -type d \
     # With the time of the build in it, a layer would differ from build to build.
     && find /opt -exec touch --no-dereference --date=@0 {} +
 # The modes of a checkout depend on its owner's umask.
-COPY --chmod=0644 app.py gunicorn.conf.py openapi.yaml worker.py /srv/email-processor/
+COPY --chmod=0644 app.py gunicorn.conf.py openapi.yaml tracing.py worker.py /srv/email-processor/
 RUN find /srv -exec touch --date=@0 {} +
 
 
@@ -42,6 +42,7 @@ WORKDIR /srv/email-processor
 # bytecode of, its standard library, is compiled as far as it is used.
 RUN touch /dev/shm/begin \
     && SQS_QUEUE_URL=https://sqs.us-west-1.amazonaws.com/000000000000/check \
+    OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 \
     gunicorn --check-config \
     && find / -xdev -newer /dev/shm/begin -exec touch --no-dereference --date=@0 {} +
 
