@@ -17,7 +17,7 @@ from fake_aws import FakeAws
 from load import Ledger, Load
 
 IMAGE = "email-processor:test"
-FILES = {"app.py", "gunicorn.conf.py", "openapi.yaml", "worker.py"}
+FILES = {"app.py", "gunicorn.conf.py", "openapi.yaml", "tracing.py", "worker.py"}
 RESTRICTIONS = (
     *("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"),
     *("--security-opt", "no-new-privileges", "--memory", "512m", "--cpus", "0.5"),

@@ -150,10 +150,11 @@ def test_value_is_as_specified(where: dict[str, Any], name: str, expected: Any) 
     assert where.get(name) == expected
 
 
-def test_network_lets_out_dns_and_443_and_to_the_agent_of_pod_identity() -> None:
+def test_network_allows_dns_https_traces_and_the_agent_of_pod_identity() -> None:
     assert NETWORK["policyTypes"] == ["Ingress", "Egress"]
     assert NETWORK["egress"] == [
         {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+        {"ports": [{"protocol": "TCP", "port": 4318}]},
         {"ports": [{"protocol": "TCP", "port": 443}]},
         {
             "to": [
