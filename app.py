@@ -1,8 +1,10 @@
 """email-processor: an HTTP front door for an SQS queue.
 
-A request travels through this file from top to bottom: settings, the list of errors, metrics, log
-lines, reading the body, parsing and validation, calls of AWS, the token store, the publisher, the
-routes. The last part serves on a developer's machine, with an embedded AWS.
+Follow a request from `Service.take_message`: it reads the body, parses the JSON, checks the token,
+validates the fields, and publishes the message. The sections after `Service` are in that order;
+then come the parts that they use: calls of AWS, credentials, metrics, logs. `create_app` puts the
+parts together. The last section is the local server, with an embedded AWS. docs/architecture.md
+has a drawing. worker.py receives the requests and sends the responses.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import unicodedata
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from datetime import UTC, datetime
@@ -183,35 +185,8 @@ class Settings:
         return cls(**values)
 
 
-def logging_config(level: str) -> dict[str, Any]:
-    """The logging.config.dictConfig of the whole process: JSON lines on standard output."""
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {
-            "json": {
-                "()": "pythonjsonlogger.json.JsonFormatter",
-                "fmt": ["levelname", "name", "message"],
-                "rename_fields": {"levelname": "level", "name": "logger"},
-                "timestamp": "time",
-                "json_serializer": short_json,
-            }
-        },
-        "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
-        # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
-        # bodies, and Gunicorn what it could not parse.
-        "root": {"level": "INFO", "handlers": ["stdout"]},
-        "loggers": {
-            "email_processor": {"level": level},
-            # Gunicorn takes its own logger out of the tree.
-            "gunicorn.error": {"level": "INFO", "propagate": True},
-            # It would warn with a traceback each time that credentials are not renewed.
-            "botocore": {"level": "ERROR"},
-        },
-    }
-
-
 # --- Errors ---------------------------------------------------------------------------------------
+
 
 # Every answer that is not a success: code -> (status, message). README, openapi.yaml, the metric
 # label and the tests use the same list.
@@ -264,259 +239,276 @@ class ApiError(Exception):
         return {**body, "errors": self.errors} if self.errors else body
 
 
-# --- Metrics --------------------------------------------------------------------------------------
-
-# A call of SQS takes 5 to 30 ms, and 3 s at most. A request takes 11 s at most in a thread and the
-# publisher: 3 s to read the token, 5 s until the last call for its message starts, 3 s for that.
-BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 11)
+# --- The application: routes, and the path of a request -------------------------------------------
 
 
-def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[str, Any]:
-    """A counter for each label value, there from the start: Prometheus sees no increase in a series
-    that only begins with its first event.
-    """
-    counter = prometheus_client.Counter(name, text, [label])
-    return {value: counter.labels(value) for value in label_values}
+@dataclass(slots=True)
+class Exchange:
+    """A request, and the log line of its response."""
+
+    environ: dict[str, Any]
+    line: dict[str, Any]
+    trace_header: str
+    started: float
+    is_measured: bool = False  # by the metrics of POST /process
+    delivery: Delivery | None = None
+    spans: list[Any] | None = None  # if it is traced
 
 
-ANSWERS = _counter(
-    "email_processor_requests",
-    "Answers by outcome: success, or the error code.",
-    "outcome",
-    ["success", *ERRORS],
-)
-REQUEST_DURATION = prometheus_client.Histogram(
-    "email_processor_request_duration_seconds",
-    "Seconds to answer POST /process, without the wait for a thread.",
-    buckets=BUCKETS,
-)
-REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
-    "email_processor_requests_in_flight",
-    "POST /process requests that are being handled.",
-    multiprocess_mode="livesum",
-)
-SQS_CALLS = _counter(
-    "email_processor_sqs_calls",
-    "SendMessage and SendMessageBatch calls by result, retries included.",
-    "result",
-    ["success", "partial", "timeout", "unavailable", "refused"],
-)
-SQS_CALL_DURATION = prometheus_client.Histogram(
-    "email_processor_sqs_call_duration_seconds",
-    "Seconds of a SendMessage or SendMessageBatch call.",
-    buckets=BUCKETS,
-)
-SQS_BATCH_SIZE = prometheus_client.Histogram(
-    "email_processor_sqs_batch_size",
-    "Messages in a SendMessage or SendMessageBatch call.",
-    buckets=range(1, 11),
-)
-SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
-    "email_processor_sqs_circuits_open",
-    "Workers whose circuit is open: they refuse messages at once.",
-    multiprocess_mode="livesum",
-)
-TOKEN_READS = _counter(
-    "email_processor_token_reads",
-    "Reads of the token from SSM by result.",
-    "result",
-    ["success", "failure"],
-)
-TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
-    "email_processor_token_read_timestamp_seconds",
-    "Unix time of the last successful token read, in the worker whose read is oldest; 0 if none.",
-    multiprocess_mode="livemin",
-)
-TOKENS_ACCEPTED = prometheus_client.Counter(
-    "email_processor_tokens_accepted",
-    "Requests with a valid token, by the parameter that holds the token.",
-    ["parameter"],
-)
-LOG_LINES_DROPPED = prometheus_client.Counter(
-    "email_processor_log_lines_dropped",
-    "Log lines dropped because standard output did not take them in time.",
-)
-BUILD_INFO = prometheus_client.Gauge(
-    "email_processor_build_info",
-    "Always 1. The labels identify the build that the pod runs.",
-    ["version", "commit"],
-    multiprocess_mode="livemax",  # of all workers together, so that it is 1 and not their number
-).labels(VERSION, COMMIT)
-BUILD_INFO.set(1)
+class Service(Flask):
+    """The WSGI application. Its routes are found by path and method alone.
 
-
-def metrics_text() -> bytes:
-    """All workers of the pod together where there are several, else this process."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return prometheus_client.generate_latest()
-    registry = prometheus_client.CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return prometheus_client.generate_latest(registry)
-
-
-# --- Request ids, traces and log lines ------------------------------------------------------------
-
-_is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
-
-
-def request_id_of(offered: str) -> str:
-    """The caller's request id when it is well-formed, otherwise a new one.
-
-    It is no secret, so it need not cost a system call.
-    """
-    return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
-
-
-_HEX = "[0-9A-Fa-f]"
-_trace_fields = re.compile(
-    rf"(?:^|[;,])\s*+(Root=1-{_HEX}{{8}}-{_HEX}{{24}}|Parent={_HEX}{{16}}|Sampled=[01])"
-    r"(?=\s*+(?:[;,]|$))",
-    re.ASCII,
-).findall
-
-
-def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
-    """The X-Ray header that goes with the message, and the id of the trace for the log.
-
-    It has the first well-formed Root, Parent and Sampled: the ALB preserves any other field that a
-    client adds, and SQS takes only an X-Ray header. Without a Root: the empty text and None.
-    """
-    first = {found[0]: found for found in reversed(_trace_fields(x_amzn_trace_id))}
-    if "R" not in first:
-        return "", None
-    header = ";".join(first[initial] for initial in "RPS" if initial in first)
-    return header, first["R"].removeprefix("Root=")
-
-
-def add_request(record: logging.LogRecord) -> bool:
-    """The log's filter: a line that is written while a request is handled tells which one."""
-    if not hasattr(record, "request_id") and has_app_context() and "exchange" in g:
-        line = g.exchange.line
-        vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
-    return True
-
-
-# With its end. A pipe takes no more than 4,096 bytes at once: parts of longer lines, from several
-# workers, would mix.
-LOG_LINE_BYTES = 4000
-
-
-def short_json(fields: Any, **options: Any) -> str:
-    """json.dumps for a log line: its longest values are cut until it fits."""
-    line = json.dumps(fields, **options)
-    if len(line) >= LOG_LINE_BYTES:
-        fields, longest = json.loads(line), LOG_LINE_BYTES
-        while len(line) >= LOG_LINE_BYTES and longest > 2:
-            longest = longest * 3 // 4
-            line = json.dumps(shortened(fields, longest))
-    return line
-
-
-def shortened(value: Any, longest: int) -> Any:
-    """The value with the middle of long strings and the ends of long lists cut out."""
-    if isinstance(value, dict):
-        return {name: shortened(item, longest) for name, item in value.items()}
-    if isinstance(value, list):
-        kept, cut = value[: longest // 50], value[longest // 50 :]
-        items = [shortened(item, longest) for item in kept]
-        return [*items, f"[{len(cut)} more]"] if cut else items
-    if isinstance(value, str) and len(value) > longest:
-        half, cut_characters = longest // 2, len(value) - longest
-        return f"{value[:half]} [{cut_characters} characters cut] {value[-half:]}"
-    return value
-
-
-class LogHandler(QueueHandler):
-    """Writes log lines to standard output, and makes nobody wait until they are read there.
-
-    From start() on a thread writes them. Before, in a process that is still to fork, the caller
-    does, if there is room. A line without room is dropped and counted; a later one tells how many.
+    Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
     """
 
-    def __init__(self, lines: int = 1000) -> None:
-        super().__init__(queue.SimpleQueue())
-        self._lines = lines  # that may wait for the thread
-        self._queued = self._written = self._dropped = self._told = 0
-        self._thread: threading.Thread | None = None
-        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
-        self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
+    def __init__(
+        self, settings: Settings, tokens: TokenStore, publisher: Publisher, tracing: Any = None
+    ) -> None:
+        super().__init__(__name__, static_folder=None)
+        self.settings, self.tokens, self.publisher = settings, tokens, publisher
+        for parameter in settings.token_ssm_parameter:
+            TOKENS_ACCEPTED.labels(parameter)  # there from the start, as every series
+        self.tracing = tracing  # a tracing.Tracing
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
+        self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
+        for method, path, view in (
+            ("POST", "/process", self.process),
+            ("GET", "/health", self.health),
+            ("GET", "/ready", self.ready),
+            ("GET", "/metrics", self.metrics),
+            ("GET", "/", self.index),
+            ("GET", "/openapi.json", self.openapi),
+            ("GET", "/docs", self.docs),
+            ("GET", "/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>", self.docs_asset),
+        ):
+            self.add_url_rule(path, view_func=view, methods=[method])
+        self.before_request(self.begin)
+        self.after_request(self.end)
+        self.register_error_handler(Exception, self.handle_error)
 
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        if request is None:
+            return None
+        return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
-    def prepare(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode()
+    def warm_up(self) -> None:
+        """Start to read the token and the queue's limit, where the worker has not yet read them."""
+        if not self.tokens.ready:
+            self.tokens.refresh()
+        if not self.publisher.max_message_bytes:
+            self.publisher.refresh_limit()
 
-    def enqueue(self, line: Any) -> None:
-        if self._thread is None and self._has_room():
-            self._write(line)
-        elif self._thread and self._queued - self._written < self._lines:
-            self._queued += 1
-            self.queue.put_nowait(line)
+    # `request` and `g` are proxies: dereference them once.
+
+    def begin(self) -> None:
+        environ = request.environ
+        g.exchange = self.new_exchange(environ)
+        if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
+            raise ApiError("not_found")  # Werkzeug would take //process for /process
+
+    def new_exchange(self, environ: dict[str, Any]) -> Exchange:
+        trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
+        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
+        line = {"request_id": request_id, "trace_id": trace_id}
+        exchange = Exchange(environ, line, trace_header, time.perf_counter())
+        if self.tracing:
+            self.tracing.begin(exchange)
+        return exchange
+
+    def end(self, response: Response) -> Response:
+        if isinstance(response, DeferredResponse):
+            return response  # ends when its future is done
+        return self.finish(g.exchange, response)
+
+    def finish(self, exchange: Exchange, response: Response) -> Response:
+        """Record the response. Called once per request, in any thread, without Flask's context."""
+        environ, line = exchange.environ, exchange.line
+        response.headers["X-Request-Id"] = line["request_id"]
+        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
+        # The ALB appends the address that it saw; the client may have sent the rest.
+        client = forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", "")
+        client = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
+        duration = time.perf_counter() - exchange.started
+        if exchange.is_measured:
+            REQUESTS_IN_FLIGHT.dec()
+            REQUEST_DURATION.observe(duration)
+        record_answer(
+            method=environ["REQUEST_METHOD"],
+            path=header_text(environ["PATH_INFO"]),
+            client=client,
+            status=response.status_code,
+            duration_ms=round(duration * 1000, 2),
+            **line,
+        )
+        if self.tracing:
+            self.tracing.end(exchange, response.status_code, client)
+        return response
+
+    def process(self) -> Response:
+        exchange = g.exchange
+        exchange.is_measured = True
+        REQUESTS_IN_FLIGHT.inc()
+        message_id = exchange.delivery = self.take_message(exchange)
+
+        def respond() -> Response:
+            try:
+                exchange.line["message_id"] = message_id.result()
+            except Exception as error:
+                return self.finish(exchange, self.error_response(exchange, error))
+            body = {
+                "status": "success",
+                "message": "Email data processed and queued",
+                "message_id": exchange.line["message_id"],
+            }
+            return self.finish(exchange, json_response(body))
+
+        return DeferredResponse(message_id, respond)
+
+    def take_message(self, exchange: Exchange) -> Delivery:
+        """Read and check the request, and publish its message."""
+        body = read_body(self.settings.max_request_bytes)
+        check_media_type(request)
+        members, data = parse_request(body)
+        token = members.get("token")
+        if token is None or token == "":
+            raise ApiError("token_required")
+        parameter = self.tokens.accepts(token) if isinstance(token, str) else None
+        if parameter is None:
+            raise ApiError("invalid_token")
+        exchange.line["token_parameter"] = parameter
+        TOKENS_ACCEPTED.labels(parameter).inc()
+        validate_data(members.pop("data", None))  # which frees its memory
+        if self.tracing:
+            self.tracing.publish(exchange)
+        return self.publisher.publish(
+            Message(
+                body=ascii_json(data),
+                request_id=exchange.line["request_id"],
+                idempotency_key=header_text(exchange.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
+                trace_header=exchange.trace_header,
+            )
+        )
+
+    def health(self) -> Response:
+        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
+        return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
+
+    def ready(self) -> Response:
+        self.warm_up()
+        missing = {}
+        if not self.tokens.ready:
+            missing["token_store_unavailable"] = (
+                f"The token has not been read yet: {self.tokens.reason}"
+            )
+        if not self.publisher.max_message_bytes:
+            reason = self.publisher.problem or "sqs:GetQueueAttributes is in progress"
+            missing["queue_unavailable"] = f"The queue has not been reached yet: {reason}"
+        if missing:
+            raise ApiError(next(iter(missing)), "; ".join(missing.values()))
+        return json_response({"status": "ready", "service": SERVICE})
+
+    def metrics(self) -> Response:
+        return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    def index(self) -> Response:
+        endpoints = sorted(
+            f"{method} {rule.rule}"
+            for rule in self.url_map.iter_rules()
+            if not rule.arguments
+            for method in (rule.methods or set()) - {"HEAD"}
+        )
+        build = {"version": VERSION, "commit": COMMIT}
+        return json_response({"service": SERVICE, **build, "endpoints": endpoints})
+
+    def openapi(self) -> Response:
+        return Response(openapi_document(), mimetype="application/json")
+
+    def docs(self) -> Response:
+        return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
+
+    def docs_asset(self, asset: str) -> Response:
+        kind = "text/css" if asset.endswith(".css") else "text/javascript"
+        return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
+
+    def handle_error(self, error: Exception) -> Response:
+        return self.error_response(g.exchange, error)
+
+    def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
+        """The response to a request that never reached Flask: Gunicorn could not parse it."""
+        exchange = self.new_exchange(environ)
+        return self.finish(exchange, self.error_response(exchange, error))
+
+    def error_response(self, exchange: Exchange, error: Exception) -> Response:
+        headers = {}
+        if isinstance(error, ApiError):
+            api_error = error
+        elif isinstance(error, NotFound):
+            api_error = ApiError("not_found")
+        elif isinstance(error, MethodNotAllowed):
+            api_error = ApiError("method_not_allowed")
+            headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        elif isinstance(error, HTTPException) and (error.code or 500) < 500:
+            api_error = ApiError("invalid_json", "The request is not well-formed HTTP.")
         else:
-            self._drop()
-
-    def flush(self) -> None:
-        """At the exit: let the thread write what waits, for a second at most."""
-        end = time.monotonic() + 1
-        while self._thread and self._written < self._queued and time.monotonic() < end:
-            time.sleep(0.01)
-
-    def _has_room(self) -> bool:
-        try:
-            return bool(select.select([], [self._out], [], 0)[1])
-        except (OSError, TypeError, ValueError):  # it is no file of the system's
-            return True
-
-    def _work(self) -> None:
-        while True:
-            lines = [self.queue.get()]
-            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
-            while self.queue.qsize():  # type: ignore[attr-defined]
-                lines.append(self.queue.get())
-            for line in lines:
-                self._write(line)
-                self._written += 1
-
-    def _write(self, line: bytes) -> None:
-        try:
-            self._put(line)
-            if dropped := self._dropped - self._told:
-                told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
-                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
-                self._told += dropped
-        except (AttributeError, OSError, TypeError, ValueError):  # closed, or full and non-blocking
-            self._drop()
-
-    def _put(self, data: bytes) -> None:
-        while data:
-            data = data[operator.index(self._out.write(data)) :]
-
-    def _drop(self) -> None:
-        LOG_LINES_DROPPED.inc()
-        with self.lock:  # type: ignore[union-attr]
-            self._dropped += 1
+            api_error = ApiError("internal_error")
+            log.error("unhandled exception", exc_info=error)
+        if api_error.status == 503:
+            headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        elif api_error.status == 401:
+            headers["WWW-Authenticate"] = AUTHENTICATE
+        exchange.line |= {"error": api_error.code, "cause": api_error.cause}
+        body = api_error.body(exchange.line["request_id"])
+        response = json_response(body, api_error.status)
+        response.headers.update(headers)
+        return response
 
 
-def log_start(settings: Settings, workers: int, threads: int | None) -> None:
-    """Write the first log line of the pod: the build, and the settings that matter most."""
-    build = {"version": VERSION, "commit": COMMIT, "queue": settings.sqs_queue_url}
-    log.info("service starts", extra={**build, "workers": workers, "threads": threads})
+class DeferredResponse(Response):
+    """A response that is made when a future is done; also its own WSGI iterable.
+
+    Iterating waits for the future, and then calls start_response: PEP 3333 allows that. A server
+    that calls add_done_callback first need not wait (worker.py).
+    """
+
+    def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
+        super().__init__()
+        self.add_done_callback = future.add_done_callback
+        self._make_response = make_response  # waits for the future
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        self._arguments = environ, start_response
+        return self
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._make_response()(*self._arguments))
 
 
-def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
-    """Count one answer and write its log line; the only place that does either."""
-    ANSWERS[line.get("error") or "success"].inc()
-    quiet = path in ("/health", "/ready", "/metrics")
-    level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
-    if log.isEnabledFor(level):
-        line = {name: value for name, value in line.items() if value is not None}
-        line["client"] = client
-        log.log(level, "request", extra={**line, "path": path, "status": status})
+def header_text(value: str) -> str:
+    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is.
+
+    SQS refuses U+FFFE and U+FFFF.
+    """
+    with suppress(UnicodeDecodeError):
+        text = value.encode("latin-1").decode()
+        value = value if re.search("[\ufffe\uffff]", text) else text
+    return value.strip()
 
 
-# --- Reading the body -----------------------------------------------------------------------------
+def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(json.dumps(body), status, mimetype="application/json")
+
+
+@functools.cache
+def openapi_document() -> str:
+    return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
+
+
+@functools.cache  # so that clients who are slow to take it share one copy
+def docs_file(name: str) -> bytes:
+    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
+
+
+# --- Read the body --------------------------------------------------------------------------------
 
 
 def read_body(limit: int) -> bytes:
@@ -541,11 +533,10 @@ def read_body(limit: int) -> bytes:
     return bytes(body)
 
 
-# --- Parsing and validation -----------------------------------------------------------------------
+# --- Parse ----------------------------------------------------------------------------------------
+
 
 MAX_JSON_DEPTH, MAX_JSON_VALUES = 100, 10_000
-FIELDS = ("email_subject", "email_sender", "email_timestream", "email_content")
-TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01-01 UTC
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -663,6 +654,13 @@ def ascii_json(text: str) -> str:
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
+# --- Validate -------------------------------------------------------------------------------------
+
+
+FIELDS = ("email_subject", "email_sender", "email_timestream", "email_content")
+TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01-01 UTC
+
+
 def is_space(character: str) -> bool:
     """Whether it is white space, a control or a format character (such as U+200B and U+FEFF)."""
     return character.isspace() or unicodedata.category(character) in ("Cc", "Cf")
@@ -722,363 +720,6 @@ def timestamp_rule(value: Any) -> str | None:
             f"{TIMESTAMP_RANGE[0]} (2000-01-01) to {TIMESTAMP_RANGE[-1]} (2100-01-01)"
         )
     return None
-
-
-# --- AWS calls ------------------------------------------------------------------------------------
-
-# libcurl's options that pycurl has no name for.
-CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
-# libcurl's errors as boto3 calls them; any other is a ConnectionClosedError.
-CURL_ERRORS: dict[int, type[BotoCoreError]] = {
-    pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
-    pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
-    pycurl.E_SSL_CONNECT_ERROR: SSLError,
-    pycurl.E_PEER_FAILED_VERIFICATION: SSLError,
-    pycurl.E_SSL_CACERT_BADFILE: SSLError,
-}
-
-# AWS's spellings of "too often", and of a request that came too slowly.
-_is_passing = re.compile(
-    "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
-).search
-
-# A URL's user name and password, and output of servers and commands that are not AWS's.
-_secrets = re.compile(
-    "(?<=//).*@|(?<=Invalid endpoint: ).*@|(?<=from container metadata): .*|(?<=version) '.*'"
-)
-# Their texts quote names, types and positions, never a value; other ValueErrors may quote any.
-HARMLESS = (AttributeError, KeyError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
-_is_harmless = re.compile("Auth token value|Invalid endpoint|No closing|Unsupported host").match
-
-
-def proxy_of(url: str) -> str:
-    """The proxy that boto3 takes for the URL, or an empty text."""
-    proxy = str(get_environ_proxies(url).get(url.partition(":")[0], ""))
-    return f"http://{proxy}" if proxy and "//" not in proxy else proxy
-
-
-def cause_of(error: Exception) -> str:
-    """AWS's error code, or the text of a failure on the way there."""
-    if isinstance(error, ClientError):
-        return str(error.response.get("Error", {}).get("Code", "Unknown"))
-    return detail_of(error)
-
-
-def detail_of(error: Any) -> str:
-    """The cause for the log, without secrets: the text of AWS, botocore, the operating system or
-    Python. If it may quote a secret, the type of the error and the function that raised it.
-    """
-    if isinstance(error, ClientError):  # the next lines may quote the request with its token
-        return str(error).partition("\n")[0]
-    if type(error) is HTTPClientError:  # any other error, wrapped
-        error = error.kwargs["error"]
-    name, text = type(error).__name__, _secrets.sub("", " ".join(str(error).split()))
-    known = getattr(error, "kwargs", {})
-    # botocore does not distinguish a proxy that closes or hangs from the endpoint behind it.
-    if proxy := "proxy_url" not in known and proxy_of(known.get("endpoint_url", "")):
-        text += f' through proxy URL: "{_secrets.sub("", proxy)}"'
-    if found := re.search(r"Tunnel connection failed: [\w ]+", str(known.get("error"))):
-        text += f" {found[0]}"
-    if isinstance(error, OSError | BotoCoreError):
-        return text
-    if isinstance(error, HARMLESS) or _is_harmless(text):
-        return f"{name}: {text}"
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{name} in {frames[-1].name}" if frames else name
-
-
-def is_temporary(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
-    if not isinstance(error, ClientError):
-        return True
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
-
-
-class CredentialProcess(subprocess.Popen[bytes]):
-    """A profile's credential_process.
-
-    On Linux it ends, children included, with this process or after a minute. botocore would wait
-    without a limit, and show its error output, which may hold secrets.
-    """
-
-    LIMIT = "setpriv --pdeathsig TERM timeout --kill-after 1 60"
-
-    def __init__(self, command: list[str], **given: Any) -> None:
-        if shutil.which("setpriv") and shutil.which(command[0]):  # else the error names the file
-            command = [*self.LIMIT.split(), *command]
-        super().__init__(command, **given, stdin=subprocess.DEVNULL)
-
-    def communicate(self, *given: Any) -> tuple[bytes, bytes]:
-        output = super().communicate(*given)
-        if self.returncode:
-            text = f"status {self.returncode} (124: no end within 60 s); its errors are not shown"
-            raise CredentialRetrievalError(provider="credential_process", error_msg=text)
-        return output
-
-
-def refuse_mfa(_: str) -> NoReturn:
-    text = "the profile has an mfa_serial, and a service cannot enter a code"
-    raise CredentialRetrievalError(provider="assume-role", error_msg=text)
-
-
-# botocore has no setting for these parameters of its providers.
-botocore.credentials.ProcessProvider = functools.partial(
-    botocore.credentials.ProcessProvider, popen=CredentialProcess
-)
-botocore.credentials.AssumeRoleProvider = functools.partial(
-    botocore.credentials.AssumeRoleProvider, prompter=refuse_mfa
-)
-
-
-def aws_session(region: str) -> botocore.session.Session:
-    """A session with short timeouts for its own calls: a role's credentials come from STS.
-
-    Without the region it would read AWS_DEFAULT_REGION alone, which EKS does not set beside
-    AWS_REGION, and ask the global STS.
-    """
-    session = botocore.session.get_session()
-    session.set_config_variable("region", region)
-    session.set_default_client_config(
-        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
-    )
-    return session
-
-
-# AWS's codes for credentials that it does not accept, in the spellings of SSM, SQS and STS.
-_is_about_credentials = re.compile("Token|Signature|UnrecognizedClient|AccessKeyId").search
-_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for what is no text
-
-
-class Credentials:
-    """AWS credentials as boto3 finds them: environment, files, a command, or a role through STS.
-
-    Any of these can hang, so a daemon thread finds and renews them. A call waits for the first ones
-    only, and at most WAIT_SECONDS. Known ones stay in use while their renewal is in progress or
-    fails. Others are searched for when AWS rejects the known ones, and while there are none.
-    """
-
-    WAIT_SECONDS = 2.0
-    SEARCH_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
-
-    def __init__(self, region: str, pause: Callable[[float], None] = time.sleep) -> None:
-        self._region, self._pause = region, pause
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._searched = threading.Event()
-        self._found: Any = None
-        self._rejected: Any = None
-        self._problem: Exception = CredentialRetrievalError(
-            provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
-        )
-
-    def frozen(self) -> Any:
-        """Access key, secret key and session token. Raises what boto3 raised."""
-        with self._lock:
-            if self._thread is None:  # not before the fork: it would stay behind in the master
-                self._thread = threading.Thread(target=self._keep, daemon=True)
-                self._thread.start()
-        if not self._searched.wait(self.WAIT_SECONDS):
-            self._searched.set()  # later calls do not wait
-        if self._found is None:
-            raise self._problem.with_traceback(None)  # else it would grow with each request
-        return self._found
-
-    def reject(self, frozen: Any) -> None:
-        """Search for others: AWS does not accept these."""
-        self._rejected = frozen
-
-    def _keep(self) -> None:
-        source = None
-        while True:
-            try:
-                if source is None or self._rejected == self._found:
-                    self._rejected = None
-                    source = aws_session(self._region).get_credentials()
-                if source is None:
-                    raise NoCredentialsError
-                found = source.get_frozen_credentials()
-                if not all(map(_is_key, (found.access_key, found.secret_key, found.token or "-"))):
-                    text = "a key is empty, or has a space, a line end or a character beyond ASCII"
-                    raise CredentialRetrievalError(provider=source.method, error_msg=text)
-                self._found = found
-            except Exception as error:  # a file or a response of STS may be malformed in any way
-                source = None  # a file may be corrected
-                named = isinstance(error, BotoCoreError | ClientError | OSError)
-                if not named or type(error) is HTTPClientError:
-                    error = CredentialRetrievalError(provider="boto3", error_msg=detail_of(error))
-                self._problem = error
-                if self._found:
-                    log.warning("credentials not renewed", extra={"cause": detail_of(error)})
-            self._searched.set()
-            self._pause(self.SEARCH_SECONDS)
-
-
-class AwsClient:
-    """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
-
-    libcurl makes them: it signs, keeps connections, and ends each call `seconds` after its start,
-    from the name look-up to the last byte of the answer. boto3 would need five times the CPU, and
-    has no limit for the whole call. Region, endpoint and credentials are still boto3's. Errors are
-    those of botocore: ClientError for what AWS refuses, else the kind of failure on the way there.
-    """
-
-    CONNECT_SECONDS = 1.0
-    MAX_ANSWER_BYTES = 2**20  # ten results of a batch have 3 kB
-
-    def __init__(
-        self, service: str, region: str, credentials: Credentials, seconds: float = 3
-    ) -> None:
-        session = aws_session(region)
-        # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
-        # looks for none.
-        keys = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
-        try:
-            meta = boto3.Session(botocore_session=session).client(service, region, **keys).meta
-        except (BotoCoreError, ValueError) as error:  # AWS's own variables and files
-            detail = _secrets.sub("", str(error))
-            raise SettingsError(f"The AWS configuration is unusable: {detail}") from None
-        # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
-        # sent.
-        self.url = meta.endpoint_url.rstrip("/") + "/"
-        self._credentials = credentials
-        self._seconds = seconds
-        metadata = meta.service_model.metadata
-        self._headers = [
-            f"Content-Type: application/x-amz-json-{metadata['jsonVersion']}",
-            "Expect:",
-        ]
-        if "awsQueryCompatible" in metadata:  # SQS then sends the error codes that boto3 shows
-            self._headers.append("X-Amzn-Query-Mode: true")
-        # One thread at a time uses a handle, and none is made before the fork.
-        self._handles: deque[tuple[pycurl.Curl, list[int]]] = deque()
-        authorities = (
-            session.get_config_variable("ca_bundle")
-            or os.environ.get("REQUESTS_CA_BUNDLE")
-            or certifi.where()
-        )
-        # libcurl reads other variables, and reads them otherwise, than boto3.
-        self._proxy = proxy_of(self.url)
-        self._options = {
-            pycurl.URL: self.url,
-            pycurl.POST: 1,
-            pycurl.AWS_SIGV4: f"aws:amz:{meta.region_name}:{meta.service_model.signing_name}",
-            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
-            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
-            pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
-            pycurl.DNS_CACHE_TIMEOUT: 0,  # as with boto3, each new connection looks the name up
-            pycurl.NOSIGNAL: 1,
-            pycurl.TCP_KEEPALIVE: 1,
-            pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
-            pycurl.CAINFO: authorities,
-            pycurl.PROXY_CAINFO: authorities,
-            pycurl.PROXY: self._proxy,
-            pycurl.NOPROXY: "",
-            CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
-            # Else a handle that is dropped waits for a look-up that hangs.
-            CURLOPT_QUICK_EXIT: 1,
-        }
-
-    def within(self, seconds: float) -> AwsClient:
-        """The same client, whose calls may take this long."""
-        client = copy.copy(self)
-        client._seconds = seconds
-        return client
-
-    def get_parameters(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSSM.GetParameters", given, tries=2)
-
-    def get_queue_attributes(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.GetQueueAttributes", given, tries=2)
-
-    def send_message(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.SendMessage", given)
-
-    def send_message_batch(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.SendMessageBatch", given)
-
-    def _call(self, target: str, given: dict[str, Any], tries: int = 1) -> dict[str, Any]:
-        """Make the call; where it changes nothing, a second time if that may help."""
-        end = time.monotonic() + self._seconds
-        while True:
-            tries -= 1
-            try:
-                return self._call_once(target, json.dumps(given).encode(), end)
-            except Exception as error:
-                if not tries or not is_temporary(error) or time.monotonic() >= end:
-                    raise
-
-    def _call_once(self, target: str, body: bytes, end: float) -> dict[str, Any]:
-        credentials = self._credentials.frozen()
-        headers = [*self._headers, f"X-Amz-Target: {target}"]
-        if credentials.token:
-            headers.append(f"X-Amz-Security-Token: {credentials.token}")
-        try:
-            curl, sends = self._handles.pop()
-        except IndexError:
-            curl, sends = self._new_handle()
-        head, parts = list[bytes](), list[bytes]()
-        sends[0] = 0
-        try:
-            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((end - time.monotonic()) * 1000)))
-            curl.setopt(pycurl.USERNAME, credentials.access_key)
-            curl.setopt(pycurl.PASSWORD, credentials.secret_key)
-            curl.setopt(pycurl.HTTPHEADER, headers)
-            curl.setopt(pycurl.POSTFIELDS, body)
-            curl.setopt(pycurl.HEADERFUNCTION, head.append)
-            curl.setopt(pycurl.WRITEFUNCTION, parts.append)
-            curl.perform()
-        except pycurl.error as error:
-            # On a busy machine the time may be over when libcurl looks, although all is here.
-            size = sum(map(len, parts))
-            if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T) != size:
-                tunnel = curl.getinfo(pycurl.HTTP_CONNECTCODE) // 100 == 2
-                raise self._failure(error, sends[0] > 0, tunnel) from None
-        finally:
-            status = curl.getinfo(pycurl.RESPONSE_CODE)
-            # After an error too: libcurl mends the handle by itself, and to drop it may block.
-            self._handles.append((curl, sends))
-        answer = b"".join(parts)
-        if status < 300:
-            return json.loads(answer)  # type: ignore[no-any-return]
-        if status == 407:  # without TLS there is no tunnel
-            refused = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
-            raise self._failure(refused, sent=False, tunnel=False)
-        lines = (line.decode("latin-1").partition(":") for line in head)
-        refusal = {
-            "status_code": status,
-            "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
-            "body": answer,
-        }
-        failure = ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
-        if _is_about_credentials(cause_of(failure)):
-            self._credentials.reject(credentials)
-        raise failure
-
-    def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
-        curl, sends = pycurl.Curl(), [0]
-        for option, value in self._options.items():
-            curl.setopt(option, value)
-
-        def before_sending(*_: object) -> int:
-            # When a kept connection dies before the answer, libcurl would send the request once
-            # more by itself: the queue could get a message twice, and nobody would know.
-            sends[0] += 1
-            return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
-
-        curl.setopt(pycurl.PREREQFUNCTION, before_sending)
-        return curl, sends
-
-    def _failure(self, error: pycurl.error, sent: bool, tunnel: bool) -> Exception:
-        code, text = error.args[:2]
-        kind = CURL_ERRORS.get(code, ConnectionClosedError)
-        if code == pycurl.E_OPERATION_TIMEDOUT:
-            kind = ReadTimeoutError if sent else ConnectTimeoutError
-        shown = ProxyConnectionError if self._proxy and not sent and not tunnel else kind
-        names = {"endpoint_url": self.url, "proxy_url": self._proxy, "error": ""}
-        failure: Exception = (kind if kind in TIMEOUTS else shown)(**names)
-        failure.args = (f"{shown(**names)} {text}",)
-        return failure
 
 
 # --- Token store ----------------------------------------------------------------------------------
@@ -1602,7 +1243,655 @@ class Publisher:
             return [error] * len(batch)
 
 
-# --- Routes ---------------------------------------------------------------------------------------
+# --- Calls of AWS ---------------------------------------------------------------------------------
+
+
+# libcurl's options that pycurl has no name for.
+CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
+# libcurl's errors as boto3 calls them; any other is a ConnectionClosedError.
+CURL_ERRORS: dict[int, type[BotoCoreError]] = {
+    pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
+    pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
+    pycurl.E_SSL_CONNECT_ERROR: SSLError,
+    pycurl.E_PEER_FAILED_VERIFICATION: SSLError,
+    pycurl.E_SSL_CACERT_BADFILE: SSLError,
+}
+
+
+class AwsClient:
+    """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
+
+    libcurl makes them: it signs, keeps connections, and ends each call `seconds` after its start,
+    from the name look-up to the last byte of the answer. boto3 would need five times the CPU, and
+    has no limit for the whole call. Region, endpoint and credentials are still boto3's. Errors are
+    those of botocore: ClientError for what AWS refuses, else the kind of failure on the way there.
+    """
+
+    CONNECT_SECONDS = 1.0
+    MAX_ANSWER_BYTES = 2**20  # ten results of a batch have 3 kB
+
+    def __init__(
+        self, service: str, region: str, credentials: Credentials, seconds: float = 3
+    ) -> None:
+        session = aws_session(region)
+        # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
+        # looks for none.
+        keys = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
+        try:
+            meta = boto3.Session(botocore_session=session).client(service, region, **keys).meta
+        except (BotoCoreError, ValueError) as error:  # AWS's own variables and files
+            detail = _secrets.sub("", str(error))
+            raise SettingsError(f"The AWS configuration is unusable: {detail}") from None
+        # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
+        # sent.
+        self.url = meta.endpoint_url.rstrip("/") + "/"
+        self._credentials = credentials
+        self._seconds = seconds
+        metadata = meta.service_model.metadata
+        self._headers = [
+            f"Content-Type: application/x-amz-json-{metadata['jsonVersion']}",
+            "Expect:",
+        ]
+        if "awsQueryCompatible" in metadata:  # SQS then sends the error codes that boto3 shows
+            self._headers.append("X-Amzn-Query-Mode: true")
+        # One thread at a time uses a handle, and none is made before the fork.
+        self._handles: deque[tuple[pycurl.Curl, list[int]]] = deque()
+        authorities = (
+            session.get_config_variable("ca_bundle")
+            or os.environ.get("REQUESTS_CA_BUNDLE")
+            or certifi.where()
+        )
+        # libcurl reads other variables, and reads them otherwise, than boto3.
+        self._proxy = proxy_of(self.url)
+        self._options = {
+            pycurl.URL: self.url,
+            pycurl.POST: 1,
+            pycurl.AWS_SIGV4: f"aws:amz:{meta.region_name}:{meta.service_model.signing_name}",
+            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
+            pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+            pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
+            pycurl.DNS_CACHE_TIMEOUT: 0,  # as with boto3, each new connection looks the name up
+            pycurl.NOSIGNAL: 1,
+            pycurl.TCP_KEEPALIVE: 1,
+            pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
+            pycurl.CAINFO: authorities,
+            pycurl.PROXY_CAINFO: authorities,
+            pycurl.PROXY: self._proxy,
+            pycurl.NOPROXY: "",
+            CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
+            # Else a handle that is dropped waits for a look-up that hangs.
+            CURLOPT_QUICK_EXIT: 1,
+        }
+
+    def within(self, seconds: float) -> AwsClient:
+        """The same client, whose calls may take this long."""
+        client = copy.copy(self)
+        client._seconds = seconds
+        return client
+
+    def get_parameters(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSSM.GetParameters", given, tries=2)
+
+    def get_queue_attributes(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.GetQueueAttributes", given, tries=2)
+
+    def send_message(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessage", given)
+
+    def send_message_batch(self, **given: Any) -> dict[str, Any]:
+        return self._call("AmazonSQS.SendMessageBatch", given)
+
+    def _call(self, target: str, given: dict[str, Any], tries: int = 1) -> dict[str, Any]:
+        """Make the call; where it changes nothing, a second time if that may help."""
+        end = time.monotonic() + self._seconds
+        while True:
+            tries -= 1
+            try:
+                return self._call_once(target, json.dumps(given).encode(), end)
+            except Exception as error:
+                if not tries or not is_temporary(error) or time.monotonic() >= end:
+                    raise
+
+    def _call_once(self, target: str, body: bytes, end: float) -> dict[str, Any]:
+        credentials = self._credentials.frozen()
+        headers = [*self._headers, f"X-Amz-Target: {target}"]
+        if credentials.token:
+            headers.append(f"X-Amz-Security-Token: {credentials.token}")
+        try:
+            curl, sends = self._handles.pop()
+        except IndexError:
+            curl, sends = self._new_handle()
+        head, parts = list[bytes](), list[bytes]()
+        sends[0] = 0
+        try:
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((end - time.monotonic()) * 1000)))
+            curl.setopt(pycurl.USERNAME, credentials.access_key)
+            curl.setopt(pycurl.PASSWORD, credentials.secret_key)
+            curl.setopt(pycurl.HTTPHEADER, headers)
+            curl.setopt(pycurl.POSTFIELDS, body)
+            curl.setopt(pycurl.HEADERFUNCTION, head.append)
+            curl.setopt(pycurl.WRITEFUNCTION, parts.append)
+            curl.perform()
+        except pycurl.error as error:
+            # On a busy machine the time may be over when libcurl looks, although all is here.
+            size = sum(map(len, parts))
+            if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T) != size:
+                tunnel = curl.getinfo(pycurl.HTTP_CONNECTCODE) // 100 == 2
+                raise self._failure(error, sends[0] > 0, tunnel) from None
+        finally:
+            status = curl.getinfo(pycurl.RESPONSE_CODE)
+            # After an error too: libcurl mends the handle by itself, and to drop it may block.
+            self._handles.append((curl, sends))
+        answer = b"".join(parts)
+        if status < 300:
+            return json.loads(answer)  # type: ignore[no-any-return]
+        if status == 407:  # without TLS there is no tunnel
+            refused = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
+            raise self._failure(refused, sent=False, tunnel=False)
+        lines = (line.decode("latin-1").partition(":") for line in head)
+        refusal = {
+            "status_code": status,
+            "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
+            "body": answer,
+        }
+        failure = ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+        if _is_about_credentials(cause_of(failure)):
+            self._credentials.reject(credentials)
+        raise failure
+
+    def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
+        curl, sends = pycurl.Curl(), [0]
+        for option, value in self._options.items():
+            curl.setopt(option, value)
+
+        def before_sending(*_: object) -> int:
+            # When a kept connection dies before the answer, libcurl would send the request once
+            # more by itself: the queue could get a message twice, and nobody would know.
+            sends[0] += 1
+            return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
+
+        curl.setopt(pycurl.PREREQFUNCTION, before_sending)
+        return curl, sends
+
+    def _failure(self, error: pycurl.error, sent: bool, tunnel: bool) -> Exception:
+        code, text = error.args[:2]
+        kind = CURL_ERRORS.get(code, ConnectionClosedError)
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            kind = ReadTimeoutError if sent else ConnectTimeoutError
+        shown = ProxyConnectionError if self._proxy and not sent and not tunnel else kind
+        names = {"endpoint_url": self.url, "proxy_url": self._proxy, "error": ""}
+        failure: Exception = (kind if kind in TIMEOUTS else shown)(**names)
+        failure.args = (f"{shown(**names)} {text}",)
+        return failure
+
+
+# --- Credentials ----------------------------------------------------------------------------------
+
+
+class CredentialProcess(subprocess.Popen[bytes]):
+    """A profile's credential_process.
+
+    On Linux it ends, children included, with this process or after a minute. botocore would wait
+    without a limit, and show its error output, which may hold secrets.
+    """
+
+    LIMIT = "setpriv --pdeathsig TERM timeout --kill-after 1 60"
+
+    def __init__(self, command: list[str], **given: Any) -> None:
+        if shutil.which("setpriv") and shutil.which(command[0]):  # else the error names the file
+            command = [*self.LIMIT.split(), *command]
+        super().__init__(command, **given, stdin=subprocess.DEVNULL)
+
+    def communicate(self, *given: Any) -> tuple[bytes, bytes]:
+        output = super().communicate(*given)
+        if self.returncode:
+            text = f"status {self.returncode} (124: no end within 60 s); its errors are not shown"
+            raise CredentialRetrievalError(provider="credential_process", error_msg=text)
+        return output
+
+
+def refuse_mfa(_: str) -> NoReturn:
+    text = "the profile has an mfa_serial, and a service cannot enter a code"
+    raise CredentialRetrievalError(provider="assume-role", error_msg=text)
+
+
+# botocore has no setting for these parameters of its providers.
+botocore.credentials.ProcessProvider = functools.partial(
+    botocore.credentials.ProcessProvider, popen=CredentialProcess
+)
+botocore.credentials.AssumeRoleProvider = functools.partial(
+    botocore.credentials.AssumeRoleProvider, prompter=refuse_mfa
+)
+
+
+def aws_session(region: str) -> botocore.session.Session:
+    """A session with short timeouts for its own calls: a role's credentials come from STS.
+
+    Without the region it would read AWS_DEFAULT_REGION alone, which EKS does not set beside
+    AWS_REGION, and ask the global STS.
+    """
+    session = botocore.session.get_session()
+    session.set_config_variable("region", region)
+    session.set_default_client_config(
+        Config(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+    )
+    return session
+
+
+# AWS's codes for credentials that it does not accept, in the spellings of SSM, SQS and STS.
+_is_about_credentials = re.compile("Token|Signature|UnrecognizedClient|AccessKeyId").search
+_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for what is no text
+
+
+class Credentials:
+    """AWS credentials as boto3 finds them: environment, files, a command, or a role through STS.
+
+    Any of these can hang, so a daemon thread finds and renews them. A call waits for the first ones
+    only, and at most WAIT_SECONDS. Known ones stay in use while their renewal is in progress or
+    fails. Others are searched for when AWS rejects the known ones, and while there are none.
+    """
+
+    WAIT_SECONDS = 2.0
+    SEARCH_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
+
+    def __init__(self, region: str, pause: Callable[[float], None] = time.sleep) -> None:
+        self._region, self._pause = region, pause
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._searched = threading.Event()
+        self._found: Any = None
+        self._rejected: Any = None
+        self._problem: Exception = CredentialRetrievalError(
+            provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
+        )
+
+    def frozen(self) -> Any:
+        """Access key, secret key and session token. Raises what boto3 raised."""
+        with self._lock:
+            if self._thread is None:  # not before the fork: it would stay behind in the master
+                self._thread = threading.Thread(target=self._keep, daemon=True)
+                self._thread.start()
+        if not self._searched.wait(self.WAIT_SECONDS):
+            self._searched.set()  # later calls do not wait
+        if self._found is None:
+            raise self._problem.with_traceback(None)  # else it would grow with each request
+        return self._found
+
+    def reject(self, frozen: Any) -> None:
+        """Search for others: AWS does not accept these."""
+        self._rejected = frozen
+
+    def _keep(self) -> None:
+        source = None
+        while True:
+            try:
+                if source is None or self._rejected == self._found:
+                    self._rejected = None
+                    source = aws_session(self._region).get_credentials()
+                if source is None:
+                    raise NoCredentialsError
+                found = source.get_frozen_credentials()
+                if not all(map(_is_key, (found.access_key, found.secret_key, found.token or "-"))):
+                    text = "a key is empty, or has a space, a line end or a character beyond ASCII"
+                    raise CredentialRetrievalError(provider=source.method, error_msg=text)
+                self._found = found
+            except Exception as error:  # a file or a response of STS may be malformed in any way
+                source = None  # a file may be corrected
+                named = isinstance(error, BotoCoreError | ClientError | OSError)
+                if not named or type(error) is HTTPClientError:
+                    error = CredentialRetrievalError(provider="boto3", error_msg=detail_of(error))
+                self._problem = error
+                if self._found:
+                    log.warning("credentials not renewed", extra={"cause": detail_of(error)})
+            self._searched.set()
+            self._pause(self.SEARCH_SECONDS)
+
+
+# --- Causes of failures ---------------------------------------------------------------------------
+
+
+# AWS's spellings of "too often", and of a request that came too slowly.
+_is_passing = re.compile(
+    "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
+).search
+
+# A URL's user name and password, and output of servers and commands that are not AWS's.
+_secrets = re.compile(
+    "(?<=//).*@|(?<=Invalid endpoint: ).*@|(?<=from container metadata): .*|(?<=version) '.*'"
+)
+# Their texts quote names, types and positions, never a value; other ValueErrors may quote any.
+HARMLESS = (AttributeError, KeyError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
+_is_harmless = re.compile("Auth token value|Invalid endpoint|No closing|Unsupported host").match
+
+
+def proxy_of(url: str) -> str:
+    """The proxy that boto3 takes for the URL, or an empty text."""
+    proxy = str(get_environ_proxies(url).get(url.partition(":")[0], ""))
+    return f"http://{proxy}" if proxy and "//" not in proxy else proxy
+
+
+def cause_of(error: Exception) -> str:
+    """AWS's error code, or the text of a failure on the way there."""
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", "Unknown"))
+    return detail_of(error)
+
+
+def detail_of(error: Any) -> str:
+    """The cause for the log, without secrets: the text of AWS, botocore, the operating system or
+    Python. If it may quote a secret, the type of the error and the function that raised it.
+    """
+    if isinstance(error, ClientError):  # the next lines may quote the request with its token
+        return str(error).partition("\n")[0]
+    if type(error) is HTTPClientError:  # any other error, wrapped
+        error = error.kwargs["error"]
+    name, text = type(error).__name__, _secrets.sub("", " ".join(str(error).split()))
+    known = getattr(error, "kwargs", {})
+    # botocore does not distinguish a proxy that closes or hangs from the endpoint behind it.
+    if proxy := "proxy_url" not in known and proxy_of(known.get("endpoint_url", "")):
+        text += f' through proxy URL: "{_secrets.sub("", proxy)}"'
+    if found := re.search(r"Tunnel connection failed: [\w ]+", str(known.get("error"))):
+        text += f" {found[0]}"
+    if isinstance(error, OSError | BotoCoreError):
+        return text
+    if isinstance(error, HARMLESS) or _is_harmless(text):
+        return f"{name}: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{name} in {frames[-1].name}" if frames else name
+
+
+def is_temporary(error: Exception) -> bool:
+    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
+    if not isinstance(error, ClientError):
+        return True
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
+
+
+# --- Metrics --------------------------------------------------------------------------------------
+
+
+# A call of SQS takes 5 to 30 ms, and 3 s at most. A request takes 11 s at most in a thread and the
+# publisher: 3 s to read the token, 5 s until the last call for its message starts, 3 s for that.
+BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 11)
+
+
+def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[str, Any]:
+    """A counter for each label value, there from the start: Prometheus sees no increase in a series
+    that only begins with its first event.
+    """
+    counter = prometheus_client.Counter(name, text, [label])
+    return {value: counter.labels(value) for value in label_values}
+
+
+ANSWERS = _counter(
+    "email_processor_requests",
+    "Answers by outcome: success, or the error code.",
+    "outcome",
+    ["success", *ERRORS],
+)
+REQUEST_DURATION = prometheus_client.Histogram(
+    "email_processor_request_duration_seconds",
+    "Seconds to answer POST /process, without the wait for a thread.",
+    buckets=BUCKETS,
+)
+REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
+    "email_processor_requests_in_flight",
+    "POST /process requests that are being handled.",
+    multiprocess_mode="livesum",
+)
+SQS_CALLS = _counter(
+    "email_processor_sqs_calls",
+    "SendMessage and SendMessageBatch calls by result, retries included.",
+    "result",
+    ["success", "partial", "timeout", "unavailable", "refused"],
+)
+SQS_CALL_DURATION = prometheus_client.Histogram(
+    "email_processor_sqs_call_duration_seconds",
+    "Seconds of a SendMessage or SendMessageBatch call.",
+    buckets=BUCKETS,
+)
+SQS_BATCH_SIZE = prometheus_client.Histogram(
+    "email_processor_sqs_batch_size",
+    "Messages in a SendMessage or SendMessageBatch call.",
+    buckets=range(1, 11),
+)
+SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
+    "email_processor_sqs_circuits_open",
+    "Workers whose circuit is open: they refuse messages at once.",
+    multiprocess_mode="livesum",
+)
+TOKEN_READS = _counter(
+    "email_processor_token_reads",
+    "Reads of the token from SSM by result.",
+    "result",
+    ["success", "failure"],
+)
+TOKEN_READ_TIMESTAMP = prometheus_client.Gauge(
+    "email_processor_token_read_timestamp_seconds",
+    "Unix time of the last successful token read, in the worker whose read is oldest; 0 if none.",
+    multiprocess_mode="livemin",
+)
+TOKENS_ACCEPTED = prometheus_client.Counter(
+    "email_processor_tokens_accepted",
+    "Requests with a valid token, by the parameter that holds the token.",
+    ["parameter"],
+)
+LOG_LINES_DROPPED = prometheus_client.Counter(
+    "email_processor_log_lines_dropped",
+    "Log lines dropped because standard output did not take them in time.",
+)
+BUILD_INFO = prometheus_client.Gauge(
+    "email_processor_build_info",
+    "Always 1. The labels identify the build that the pod runs.",
+    ["version", "commit"],
+    multiprocess_mode="livemax",  # of all workers together, so that it is 1 and not their number
+).labels(VERSION, COMMIT)
+BUILD_INFO.set(1)
+
+
+def metrics_text() -> bytes:
+    """All workers of the pod together where there are several, else this process."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return prometheus_client.generate_latest()
+    registry = prometheus_client.CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return prometheus_client.generate_latest(registry)
+
+
+# --- Request ids, traces and log lines ------------------------------------------------------------
+
+
+_is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
+
+
+def request_id_of(offered: str) -> str:
+    """The caller's request id when it is well-formed, otherwise a new one.
+
+    It is no secret, so it need not cost a system call.
+    """
+    return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
+
+
+_HEX = "[0-9A-Fa-f]"
+_trace_fields = re.compile(
+    rf"(?:^|[;,])\s*+(Root=1-{_HEX}{{8}}-{_HEX}{{24}}|Parent={_HEX}{{16}}|Sampled=[01])"
+    r"(?=\s*+(?:[;,]|$))",
+    re.ASCII,
+).findall
+
+
+def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
+    """The X-Ray header that goes with the message, and the id of the trace for the log.
+
+    It has the first well-formed Root, Parent and Sampled: the ALB preserves any other field that a
+    client adds, and SQS takes only an X-Ray header. Without a Root: the empty text and None.
+    """
+    first = {found[0]: found for found in reversed(_trace_fields(x_amzn_trace_id))}
+    if "R" not in first:
+        return "", None
+    header = ";".join(first[initial] for initial in "RPS" if initial in first)
+    return header, first["R"].removeprefix("Root=")
+
+
+def logging_config(level: str) -> dict[str, Any]:
+    """The logging.config.dictConfig of the whole process: JSON lines on standard output."""
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "json": {
+                "()": "pythonjsonlogger.json.JsonFormatter",
+                "fmt": ["levelname", "name", "message"],
+                "rename_fields": {"levelname": "level", "name": "logger"},
+                "timestamp": "time",
+                "json_serializer": short_json,
+            }
+        },
+        "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
+        # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
+        # bodies, and Gunicorn what it could not parse.
+        "root": {"level": "INFO", "handlers": ["stdout"]},
+        "loggers": {
+            "email_processor": {"level": level},
+            # Gunicorn takes its own logger out of the tree.
+            "gunicorn.error": {"level": "INFO", "propagate": True},
+            # It would warn with a traceback each time that credentials are not renewed.
+            "botocore": {"level": "ERROR"},
+        },
+    }
+
+
+def add_request(record: logging.LogRecord) -> bool:
+    """The log's filter: a line that is written while a request is handled tells which one."""
+    if not hasattr(record, "request_id") and has_app_context() and "exchange" in g:
+        line = g.exchange.line
+        vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
+    return True
+
+
+# With its end. A pipe takes no more than 4,096 bytes at once: parts of longer lines, from several
+# workers, would mix.
+LOG_LINE_BYTES = 4000
+
+
+def short_json(fields: Any, **options: Any) -> str:
+    """json.dumps for a log line: its longest values are cut until it fits."""
+    line = json.dumps(fields, **options)
+    if len(line) >= LOG_LINE_BYTES:
+        fields, longest = json.loads(line), LOG_LINE_BYTES
+        while len(line) >= LOG_LINE_BYTES and longest > 2:
+            longest = longest * 3 // 4
+            line = json.dumps(shortened(fields, longest))
+    return line
+
+
+def shortened(value: Any, longest: int) -> Any:
+    """The value with the middle of long strings and the ends of long lists cut out."""
+    if isinstance(value, dict):
+        return {name: shortened(item, longest) for name, item in value.items()}
+    if isinstance(value, list):
+        kept, cut = value[: longest // 50], value[longest // 50 :]
+        items = [shortened(item, longest) for item in kept]
+        return [*items, f"[{len(cut)} more]"] if cut else items
+    if isinstance(value, str) and len(value) > longest:
+        half, cut_characters = longest // 2, len(value) - longest
+        return f"{value[:half]} [{cut_characters} characters cut] {value[-half:]}"
+    return value
+
+
+class LogHandler(QueueHandler):
+    """Writes log lines to standard output, and makes nobody wait until they are read there.
+
+    From start() on a thread writes them. Before, in a process that is still to fork, the caller
+    does, if there is room. A line without room is dropped and counted; a later one tells how many.
+    """
+
+    def __init__(self, lines: int = 1000) -> None:
+        super().__init__(queue.SimpleQueue())
+        self._lines = lines  # that may wait for the thread
+        self._queued = self._written = self._dropped = self._told = 0
+        self._thread: threading.Thread | None = None
+        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
+        self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode()
+
+    def enqueue(self, line: Any) -> None:
+        if self._thread is None and self._has_room():
+            self._write(line)
+        elif self._thread and self._queued - self._written < self._lines:
+            self._queued += 1
+            self.queue.put_nowait(line)
+        else:
+            self._drop()
+
+    def flush(self) -> None:
+        """At the exit: let the thread write what waits, for a second at most."""
+        end = time.monotonic() + 1
+        while self._thread and self._written < self._queued and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _has_room(self) -> bool:
+        try:
+            return bool(select.select([], [self._out], [], 0)[1])
+        except (OSError, TypeError, ValueError):  # it is no file of the system's
+            return True
+
+    def _work(self) -> None:
+        while True:
+            lines = [self.queue.get()]
+            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
+            while self.queue.qsize():  # type: ignore[attr-defined]
+                lines.append(self.queue.get())
+            for line in lines:
+                self._write(line)
+                self._written += 1
+
+    def _write(self, line: bytes) -> None:
+        try:
+            self._put(line)
+            if dropped := self._dropped - self._told:
+                told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
+                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
+                self._told += dropped
+        except (AttributeError, OSError, TypeError, ValueError):  # closed, or full and non-blocking
+            self._drop()
+
+    def _put(self, data: bytes) -> None:
+        while data:
+            data = data[operator.index(self._out.write(data)) :]
+
+    def _drop(self) -> None:
+        LOG_LINES_DROPPED.inc()
+        with self.lock:  # type: ignore[union-attr]
+            self._dropped += 1
+
+
+def log_start(settings: Settings, workers: int, threads: int | None) -> None:
+    """Write the first log line of the pod: the build, and the settings that matter most."""
+    build = {"version": VERSION, "commit": COMMIT, "queue": settings.sqs_queue_url}
+    log.info("service starts", extra={**build, "workers": workers, "threads": threads})
+
+
+def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
+    """Count one answer and write its log line; the only place that does either."""
+    ANSWERS[line.get("error") or "success"].inc()
+    quiet = path in ("/health", "/ready", "/metrics")
+    level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
+    if log.isEnabledFor(level):
+        line = {name: value for name, value in line.items() if value is not None}
+        line["client"] = client
+        log.log(level, "request", extra={**line, "path": path, "status": status})
+
+
+# --- The page /docs -------------------------------------------------------------------------------
+
 
 _DOCS_SCRIPT = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#docs", deepLinking: true});'
 _DOCS_PAGE = f"""<!doctype html>
@@ -1629,279 +1918,7 @@ _DOCS_POLICY = (
 )
 
 
-def header_text(value: str) -> str:
-    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is.
-
-    SQS refuses U+FFFE and U+FFFF.
-    """
-    with suppress(UnicodeDecodeError):
-        text = value.encode("latin-1").decode()
-        value = value if re.search("[\ufffe\uffff]", text) else text
-    return value.strip()
-
-
-def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
-    return Response(json.dumps(body), status, mimetype="application/json")
-
-
-@functools.cache
-def openapi_document() -> str:
-    return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
-
-
-@functools.cache  # so that clients who are slow to take it share one copy
-def docs_file(name: str) -> bytes:
-    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
-
-
-@dataclass(slots=True)
-class Exchange:
-    """A request, and the log line of its response."""
-
-    environ: dict[str, Any]
-    line: dict[str, Any]
-    trace_header: str
-    started: float
-    is_measured: bool = False  # by the metrics of POST /process
-    delivery: Delivery | None = None
-    spans: list[Any] | None = None  # if it is traced
-
-
-class DeferredResponse(Response):
-    """A response that is made when a future is done.
-
-    Its WSGI iterable calls start_response when it is iterated, and that waits for the future. A
-    server that calls the iterable's add_done_callback first need not wait (worker.py).
-    """
-
-    def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
-        super().__init__()
-        self._future, self._make_response = future, make_response
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        return DeferredBody(self._future, self._make_response, environ, start_response)
-
-
-class DeferredBody:
-    def __init__(
-        self,
-        future: Future[str],
-        make_response: Callable[[], Response],
-        environ: Any,
-        start_response: Any,
-    ) -> None:
-        self.add_done_callback = future.add_done_callback
-        self._future, self._make_response = future, make_response
-        self._environ, self._start_response = environ, start_response
-
-    def __iter__(self) -> Iterator[bytes]:
-        wait([self._future])
-        return iter(self._make_response()(self._environ, self._start_response))
-
-
-class Service(Flask):
-    """The WSGI application. Its routes are found by path and method alone.
-
-    Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
-    """
-
-    def __init__(
-        self, settings: Settings, tokens: TokenStore, publisher: Publisher, tracing: Any = None
-    ) -> None:
-        super().__init__(__name__, static_folder=None)
-        self.settings, self.tokens, self.publisher = settings, tokens, publisher
-        for parameter in settings.token_ssm_parameter:
-            TOKENS_ACCEPTED.labels(parameter)  # there from the start, as every series
-        self.tracing = tracing  # a tracing.Tracing
-        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-        self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
-        self.post("/process")(self.process)
-        self.get("/health")(self.health)
-        self.get("/ready")(self.ready)
-        self.get("/metrics")(self.metrics)
-        self.get("/")(self.index)
-        self.get("/openapi.json")(self.openapi)
-        self.get("/docs")(self.docs)
-        self.get("/docs/<any('swagger-ui.css', 'swagger-ui-bundle.js'):asset>")(self.docs_asset)
-        self.before_request(self.begin)
-        self.after_request(self.end)
-        self.register_error_handler(Exception, self.handle_error)
-
-    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        if request is None:
-            return None
-        return self.url_map.bind("", path_info=request.path, default_method=request.method)
-
-    def warm_up(self) -> None:
-        """Start to read the token and the queue's limit, where the worker has not yet read them."""
-        if not self.tokens.ready:
-            self.tokens.refresh()
-        if not self.publisher.max_message_bytes:
-            self.publisher.refresh_limit()
-
-    # `request` and `g` are proxies: dereference them once.
-
-    def begin(self) -> None:
-        environ = request.environ
-        g.exchange = self.new_exchange(environ)
-        if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
-            raise ApiError("not_found")  # Werkzeug would take //process for /process
-
-    def new_exchange(self, environ: dict[str, Any]) -> Exchange:
-        trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
-        request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
-        line = {"request_id": request_id, "trace_id": trace_id}
-        exchange = Exchange(environ, line, trace_header, time.perf_counter())
-        if self.tracing:
-            self.tracing.begin(exchange)
-        return exchange
-
-    def end(self, response: Response) -> Response:
-        if isinstance(response, DeferredResponse):
-            return response  # ends when its future is done
-        return self.finish(g.exchange, response)
-
-    def finish(self, exchange: Exchange, response: Response) -> Response:
-        """Record the response. Called once per request, in any thread, without Flask's context."""
-        environ, line = exchange.environ, exchange.line
-        response.headers["X-Request-Id"] = line["request_id"]
-        forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
-        # The ALB appends the address that it saw; the client may have sent the rest.
-        client = forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", "")
-        client = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
-        duration = time.perf_counter() - exchange.started
-        if exchange.is_measured:
-            REQUESTS_IN_FLIGHT.dec()
-            REQUEST_DURATION.observe(duration)
-        record_answer(
-            method=environ["REQUEST_METHOD"],
-            path=header_text(environ["PATH_INFO"]),
-            client=client,
-            status=response.status_code,
-            duration_ms=round(duration * 1000, 2),
-            **line,
-        )
-        if self.tracing:
-            self.tracing.end(exchange, response.status_code, client)
-        return response
-
-    def process(self) -> Response:
-        exchange = g.exchange
-        exchange.is_measured = True
-        REQUESTS_IN_FLIGHT.inc()
-        message_id = exchange.delivery = self.take_message(exchange)
-
-        def respond() -> Response:
-            try:
-                exchange.line["message_id"] = message_id.result()
-            except Exception as error:
-                return self.finish(exchange, self.error_response(exchange, error))
-            body = {
-                "status": "success",
-                "message": "Email data processed and queued",
-                "message_id": exchange.line["message_id"],
-            }
-            return self.finish(exchange, json_response(body))
-
-        return DeferredResponse(message_id, respond)
-
-    def take_message(self, exchange: Exchange) -> Delivery:
-        """Read and check the request, and publish its message."""
-        body = read_body(self.settings.max_request_bytes)
-        check_media_type(request)
-        members, data = parse_request(body)
-        token = members.get("token")
-        if token is None or token == "":
-            raise ApiError("token_required")
-        parameter = self.tokens.accepts(token) if isinstance(token, str) else None
-        if parameter is None:
-            raise ApiError("invalid_token")
-        exchange.line["token_parameter"] = parameter
-        TOKENS_ACCEPTED.labels(parameter).inc()
-        validate_data(members.pop("data", None))  # which frees its memory
-        if self.tracing:
-            self.tracing.publish(exchange)
-        return self.publisher.publish(
-            Message(
-                body=ascii_json(data),
-                request_id=exchange.line["request_id"],
-                idempotency_key=header_text(exchange.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
-                trace_header=exchange.trace_header,
-            )
-        )
-
-    def health(self) -> Response:
-        now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
-        return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
-
-    def ready(self) -> Response:
-        self.warm_up()
-        missing = {}
-        if not self.tokens.ready:
-            missing["token_store_unavailable"] = (
-                f"The token has not been read yet: {self.tokens.reason}"
-            )
-        if not self.publisher.max_message_bytes:
-            reason = self.publisher.problem or "sqs:GetQueueAttributes is in progress"
-            missing["queue_unavailable"] = f"The queue has not been reached yet: {reason}"
-        if missing:
-            raise ApiError(next(iter(missing)), "; ".join(missing.values()))
-        return json_response({"status": "ready", "service": SERVICE})
-
-    def metrics(self) -> Response:
-        return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
-
-    def index(self) -> Response:
-        endpoints = sorted(
-            f"{method} {rule.rule}"
-            for rule in self.url_map.iter_rules()
-            if not rule.arguments
-            for method in (rule.methods or set()) - {"HEAD"}
-        )
-        build = {"version": VERSION, "commit": COMMIT}
-        return json_response({"service": SERVICE, **build, "endpoints": endpoints})
-
-    def openapi(self) -> Response:
-        return Response(openapi_document(), mimetype="application/json")
-
-    def docs(self) -> Response:
-        return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
-
-    def docs_asset(self, asset: str) -> Response:
-        kind = "text/css" if asset.endswith(".css") else "text/javascript"
-        return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
-
-    def handle_error(self, error: Exception) -> Response:
-        return self.error_response(g.exchange, error)
-
-    def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
-        """The response to a request that never reached Flask: Gunicorn could not parse it."""
-        exchange = self.new_exchange(environ)
-        return self.finish(exchange, self.error_response(exchange, error))
-
-    def error_response(self, exchange: Exchange, error: Exception) -> Response:
-        headers = {}
-        if isinstance(error, ApiError):
-            api_error = error
-        elif isinstance(error, NotFound):
-            api_error = ApiError("not_found")
-        elif isinstance(error, MethodNotAllowed):
-            api_error = ApiError("method_not_allowed")
-            headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
-        elif isinstance(error, HTTPException) and (error.code or 500) < 500:
-            api_error = ApiError("invalid_json", "The request is not well-formed HTTP.")
-        else:
-            api_error = ApiError("internal_error")
-            log.error("unhandled exception", exc_info=error)
-        if api_error.status == 503:
-            headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-        elif api_error.status == 401:
-            headers["WWW-Authenticate"] = AUTHENTICATE
-        exchange.line |= {"error": api_error.code, "cause": api_error.cause}
-        body = api_error.body(exchange.line["request_id"])
-        response = json_response(body, api_error.status)
-        response.headers.update(headers)
-        return response
+# --- Create the application -----------------------------------------------------------------------
 
 
 def create_app(
@@ -1951,6 +1968,7 @@ def make_tracing(settings: Settings) -> Any:
 
 
 # --- Local server ---------------------------------------------------------------------------------
+
 
 EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # noqa: S105 - the documentation's; opens only the emulator
 
