@@ -252,7 +252,7 @@ class Exchange:
     started: float
     is_measured: bool = False  # by the metrics of POST /process
     delivery: Delivery | None = None
-    spans: list[Any] | None = None  # if it is traced
+    spans: Any = ()  # if its trace is sampled
 
 
 class Service(Flask):
@@ -340,7 +340,7 @@ class Service(Flask):
             duration_ms=round(duration * 1000, 2),
             **line,
         )
-        if self.tracing:
+        if exchange.spans:
             self.tracing.end(exchange, response.status_code, client)
         return response
 
@@ -378,7 +378,7 @@ class Service(Flask):
         exchange.line["token_parameter"] = parameter
         TOKENS_ACCEPTED.labels(parameter).inc()
         validate_data(members.pop("data", None))  # which frees its memory
-        if self.tracing:
+        if exchange.spans:
             self.tracing.publish(exchange)
         return self.publisher.publish(
             Message(

@@ -153,8 +153,10 @@ def reset(handler: Handler, _: bytes) -> None:
 def endless_body(handler: Handler, body: bytes) -> None:
     handler.server.add(body)
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999999999999\r\n\r\n")
-    while not handler.server.closing.is_set():
-        handler.wfile.write(bytes(2**20))
+    for _ in range(150):  # in the end it breaks off, for a service that reads it
+        handler.wfile.write(bytes(2**16))
+        handler.server.closing.wait(0.02)
+    handler.close_connection = True
 
 
 @pytest.fixture
@@ -218,8 +220,8 @@ class Traced:
     sqs: FakeSqs = field(default_factory=FakeSqs)
     app: app.Service = field(init=False)
 
-    def start(self, ssm: Any = None) -> Traced:
-        settings = app.Settings(sqs_queue_url=QUEUE_URL)
+    def start(self, ssm: Any = None, queue_url: str = QUEUE_URL) -> Traced:
+        settings = app.Settings(sqs_queue_url=queue_url)
         ssm = ssm or ssm_of(TOKEN)
         self.app = app.create_app(settings, ssm, self.sqs, Inline(), pause=lambda _: None)
         self.app.tracing.start()
@@ -329,6 +331,7 @@ def test_resource_names_service_version_and_instance(
     traced.start().post()
     resource = traced.spans()[0].resource
     assert resource["service.version"] == app.VERSION
+    assert resource["vcs.ref.head.revision"] == app.COMMIT
     assert resource["service.instance.id"]
     assert resource["deployment.environment.name"] == "test"
     assert resource["service.name"] == "x", "OpenTelemetry's variables take precedence"
@@ -566,6 +569,13 @@ def test_malformed_variable_of_opentelemetry_fails_no_request(
     assert len([line for line in traced.lines() if line.exc_info]) <= 1
 
 
+def test_tracing_that_cannot_be_made_fails_no_request(traced: Traced) -> None:
+    traced.start(queue_url="http://sqs:99999/queue")  # no port
+    assert traced.post(header=HEADER).status_code == 200
+    assert traced.sqs.trace_header == HEADER
+    assert len([line for line in traced.lines() if line.exc_info]) == 1
+
+
 FAULTS: dict[str, Callable[[Handler, bytes], None]] = {
     "hangs": hang,
     "answers 503": unavailable,
@@ -615,6 +625,7 @@ def test_endless_response_of_the_collector_is_not_read(traced: Traced) -> None:
     traced.start().receiver.answer = endless_body
     assert traced.post().status_code == 200
     assert len(traced.spans()) == 2
+    assert traced.lines(begin="spans are lost") == []
 
 
 def test_stop_waits_a_second_for_a_collector_that_hangs(
