@@ -249,6 +249,7 @@ class Worker(base.Worker):  # type: ignore[misc]
                 self.alive = False
             for conn in [conn for conn in self.waiting if conn.deadline <= now]:
                 self.guard(self.expire, conn)
+            self.keep_budget()  # also for requests sent behind a response that is not read
             if self.alive:
                 self.set_accepting(True)
 
@@ -377,8 +378,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         if self.dispatch_if_complete(conn):
             return
         self.count(conn, len(request.data))
-        while self.received_bytes > self.max_received_bytes and (oldest := self.oldest_begun()):
-            self.guard(self.expire, oldest)
+        self.keep_budget()
 
     def dispatch_if_complete(self, conn: Connection) -> bool:
         if conn.request.is_complete():
@@ -388,6 +388,10 @@ class Worker(base.Worker):  # type: ignore[misc]
             conn.request.expects_continue = False
             conn.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         return False
+
+    def keep_budget(self) -> None:
+        while self.received_bytes > self.max_received_bytes and (oldest := self.oldest_begun()):
+            self.guard(self.expire, oldest)
 
     def oldest_begun(self) -> Connection | None:
         begun = (conn for conn in self.waiting if conn.request.data)
@@ -434,8 +438,8 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.watch(conn, selectors.EVENT_READ, self.linger)
             return
         self.await_request(conn)
-        if conn.request.data and not self.dispatch_if_complete(conn):  # sent behind the last one
-            self.count(conn, len(conn.request.data))
+        if conn.request.data:  # sent behind the last one
+            self.dispatch_if_complete(conn)
 
     def linger(self, conn: Connection) -> None:
         """Drain the connection: otherwise TCP resets it before the client reads the response."""
@@ -472,6 +476,8 @@ class Worker(base.Worker):  # type: ignore[misc]
                 resp.force_close()
             rest = parser.unreader.take_buffered() + request.take_rest()
             conn.request = ReceivedRequest(self.max_body_bytes, rest.lstrip(b"\r\n"))
+            if rest:
+                self.count(conn, len(conn.request.data))
             if hasattr(body, "add_done_callback"):
                 body.add_done_callback(lambda _: self.complete(conn, req, resp, body))
             else:
@@ -519,6 +525,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             "REMOTE_ADDR": conn.address[0],
         }
         response = self.wsgi.reject(error, environ)
+        conn.request = ReceivedRequest(self.max_body_bytes)  # releases the body
         conn.unsent.clear()
         conn.sendall(f"HTTP/1.1 {response.status}\r\nConnection: close\r\n".encode())
         conn.sendall(str(response.headers).encode("latin-1"))

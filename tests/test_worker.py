@@ -277,6 +277,40 @@ def test_bodies_beyond_the_memory_budget_end_the_oldest(start_service: StartServ
         assert clients[-1].send(b" " * 100_000).answer().error == "invalid_json"
 
 
+def test_rejected_head_releases_its_body(start_service: StartService) -> None:
+    """Its length is well-formed, so the body is received before Gunicorn rejects the head."""
+    sent = post(b" " * 2_000_000, "Malformed Name: x")
+    with start_service(**NARROW, BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+        (worker,) = service.workers()
+        before = memory(worker)
+        for _ in range(50):
+            client = stack.enter_context(service.connect()).send(sent)
+            assert client.answer().status == 400
+        assert memory(worker) - before < 50 * 2**20
+
+
+@pytest.mark.slow
+def test_requests_behind_an_unread_response_count_in_the_memory_budget(
+    start_service: StartService,
+) -> None:
+    ours, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 4096:
+        pytest.skip("needs 4,096 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, most))
+    sent = BUNDLE + post_head("Content-Length: 1000000") + b" " * 65_000
+    try:
+        with start_service(**NARROW, BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
+            clients = []
+            for _ in range(1700):
+                client = stack.enter_context(service.connect())
+                client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                clients.append(client.send(sent))
+            with pytest.raises((AssertionError, OSError)):
+                clients[0].answer()  # it was closed: the oldest
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ours, most))
+
+
 def memory(pid: int) -> int:
     """A process's memory in bytes, shared pages in proportion."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text()
