@@ -124,7 +124,7 @@ def _number(default: float, unit: str, low: int, high: int) -> Any:
     kind = type(default)
 
     def check(text: str) -> float:
-        # int() and float() alone would take 8_080, +80 and nan.
+        # int() and float() also accept 8_080, +80 and nan.
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text, re.ASCII) or not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
@@ -188,8 +188,8 @@ class Settings:
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-# Every answer that is not a success: code -> (status, message). README, openapi.yaml, the metric
-# label and the tests use the same list.
+# Every error response: code -> (status, message). README, openapi.yaml, the metric label and the
+# tests use the same list.
 ERRORS = {
     "not_found": (404, "There is nothing at this path."),
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
@@ -205,10 +205,10 @@ ERRORS = {
     "message_too_large": (413, "The message is larger than the queue takes."),
     "queue_unavailable": (503, "The queue cannot take messages at present. Try again."),
     "overloaded": (503, "More requests wait than the service has time or memory for. Try again."),
-    "internal_error": (500, "Something went wrong here. The cause is in the service's log."),
+    "internal_error": (500, "The service has failed. Its log has the cause."),
 }
 RETRY_AFTER_SECONDS = 5
-# A scheme of our own, so that no browser asks for a password. A 401 needs one, by RFC 9110.
+# RFC 9110 requires a scheme in a 401. For an unknown scheme, no browser asks for a password.
 AUTHENTICATE = f'Token realm="{SERVICE}"'
 
 
@@ -256,9 +256,10 @@ class Exchange:
 
 
 class Service(Flask):
-    """The WSGI application. Its routes are found by path and method alone.
+    """The WSGI application: routes, the path of a request, and its response.
 
-    Werkzeug would refuse odd Host headers, and requests that offer to become a WebSocket.
+    create_url_adapter matches path and method only: Werkzeug would also reject malformed Host
+    headers, and requests that offer to become a WebSocket.
     """
 
     def __init__(
@@ -267,10 +268,10 @@ class Service(Flask):
         super().__init__(__name__, static_folder=None)
         self.settings, self.tokens, self.publisher = settings, tokens, publisher
         for parameter in settings.token_ssm_parameter:
-            TOKENS_ACCEPTED.labels(parameter)  # there from the start, as every series
+            TOKENS_ACCEPTED.labels(parameter)  # every series exists from the start
         self.tracing = tracing  # a tracing.Tracing
-        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS is a wrong method like any other
-        self.url_map.merge_slashes = False  # /docs//x is unknown; it is not redirected with HTML
+        self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS gets 405
+        self.url_map.merge_slashes = False  # /docs//x gets 404, not a redirect in HTML
         for method, path, view in (
             ("POST", "/process", self.process),
             ("GET", "/health", self.health),
@@ -484,9 +485,9 @@ class DeferredResponse(Response):
 
 
 def header_text(value: str) -> str:
-    """A header's value, of which WSGI shows each byte as a character, read as UTF-8 where it is.
+    """A header's value as text: WSGI gives each byte as a character; UTF-8 is decoded.
 
-    SQS refuses U+FFFE and U+FFFF.
+    SQS rejects U+FFFE and U+FFFF: a value with one of them stays undecoded.
     """
     with suppress(UnicodeDecodeError):
         text = value.encode("latin-1").decode()
@@ -503,7 +504,7 @@ def openapi_document() -> str:
     return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
 
 
-@functools.cache  # so that clients who are slow to take it share one copy
+@functools.cache  # slow readers share one copy
 def docs_file(name: str) -> bytes:
     return (files("flask_swagger_ui") / "dist" / name).read_bytes()
 
@@ -544,7 +545,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 # The queue gets numbers as text, so none is needed in full: 20 digits show that an integer is out
-# of range (int() refuses more than 4,300), and a number with a fraction is never valid.
+# of range (int() raises for more than 4,300), and a number with a fraction is never valid.
 _scan_value = json.JSONDecoder(
     parse_int=lambda digits: int(digits[:20]),
     parse_float=lambda _: math.nan,
@@ -639,9 +640,9 @@ _not_ascii = re.compile(r"[^\x00-\x7f][^\x00-\x1f]{,99999}")
 
 
 def ascii_json(text: str) -> str:
-    """The same JSON with characters beyond ASCII escaped: SQS refuses some of them.
+    """The same JSON with characters beyond ASCII escaped: SQS rejects some of them.
 
-    In time for 2 MiB of them, so that no function is called for each.
+    A function call for each would take 370 ms for 2 MiB of them.
     """
 
     def escape(found: re.Match[str]) -> str:
@@ -662,7 +663,7 @@ TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01
 
 
 def is_space(character: str) -> bool:
-    """Whether it is white space, a control or a format character (such as U+200B and U+FEFF)."""
+    """Whether the character is white space, a control or a format character (U+200B, U+FEFF)."""
     return character.isspace() or unicodedata.category(character) in ("Cc", "Cf")
 
 
@@ -679,7 +680,7 @@ def is_visible(character: str) -> bool:
 
 
 def without_space(text: str) -> str:
-    """From the first character that is no space to the last."""
+    """The text without leading and trailing spaces."""
     at = [index for index, character in enumerate(text) if not is_space(character)]
     return text[at[0] : at[-1] + 1] if at else ""
 
@@ -710,7 +711,7 @@ def validate_data(data: Any) -> None:
 def timestamp_rule(value: Any) -> str | None:
     """The rule that a Unix timestamp (a JSON integer, or a string of ASCII digits) breaks."""
     if isinstance(value, str) and re.fullmatch("[0-9]+", value):
-        # int() refuses more than 4,300 digits; leading zeros do not count.
+        # int() raises for more than 4,300 digits; leading zeros do not count.
         value = int(value.lstrip("0")[:20] or "0")
     if type(value) is not int:  # bool is an int too
         return "is not a Unix timestamp: give whole seconds, as an integer or a string of digits"
@@ -732,8 +733,8 @@ class TokenStore:
     read starts when the cache is nearly `cache_seconds` old, and when a token does not match (it
     may be new), but only one at a time, and none within READ_INTERVAL seconds of the last (or
     `cache_seconds`, if that is less). A known token stays valid while a read is in progress; a
-    request waits for SSM only with an unknown one. While SSM fails, the last known tokens count; a
-    parameter that SSM no longer has is an answer, not a failure, and its token stops working.
+    request waits for SSM only with an unknown token. While SSM fails, the last known tokens stay
+    valid. A parameter that SSM no longer has is not a failure: its token stops working.
     """
 
     READ_INTERVAL = 5.0
@@ -807,13 +808,13 @@ class TokenStore:
             answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
             missing = answer.get("InvalidParameters", [])
             if len(answer["Parameters"]) + len(missing) != len(self._names):
-                raise ValueError("the answer does not speak of every parameter")
+                raise ValueError("the response does not cover every parameter")
             tokens = [
                 (self._configured_name(parameter), token.encode())
                 for parameter in answer["Parameters"]
                 for token in self._tokens_of(parameter)
             ]
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
+        except Exception as error:  # a malformed response may raise any exception
             self.problem = self.reason = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
             instead = "the last known token stays valid" if self.ready else "no token is known yet"
@@ -853,7 +854,7 @@ class TokenStore:
         return (exact or close or [parameter.get("Name", "")])[0]
 
     def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
-        """A parameter's tokens. What its owner may not have meant is logged once, without them."""
+        """A parameter's tokens. A probable mistake in the value is logged once."""
         kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
         values = value.split(",") if kind == "StringList" else [value]
         tokens = [without_space(value) for value in values]
@@ -881,7 +882,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class Message:
-    """What goes into the queue for one request."""
+    """The message of one request."""
 
     body: str  # JSON in ASCII
     request_id: str
@@ -889,8 +890,9 @@ class Message:
     trace_header: str = ""
 
     def entry(self, fifo: bool) -> tuple[dict[str, Any], int]:
-        """What SendMessage takes, and its size by SQS's count: the bytes of the body, and of the
-        attributes' names, types and values; a system attribute does not count.
+        """The arguments of SendMessage, and the message's size in bytes.
+
+        SQS counts the body, and the attributes' names, types and values; not a system attribute.
         """
         values = {
             "ContentType": "application/json",
@@ -917,8 +919,8 @@ class Message:
         return entry, size
 
     def deduplication_id(self) -> str:
-        """The idempotency key, or without one an id of this message's own: the request id may be
-        shared by several messages, and SQS would drop all but the first.
+        """The idempotency key, or a new id: several messages may share a request id, and SQS would
+        drop all except the first.
 
         SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed.
         """
@@ -932,7 +934,7 @@ TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
 def is_about_the_queue(error: Exception) -> bool:
-    """Whether AWS refuses the caller or the queue, whatever the message."""
+    """Whether the caller or the queue is the cause, so that a retry of each message cannot help."""
     status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status == 403 or cause_of(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
 
@@ -976,11 +978,11 @@ class Publisher:
     two calls instead of one, a slow call delays no other message; a third would make batches
     smaller.
 
-    SQS counts as down (the circuit is open) when a call times out and no other call was answered
+    SQS counts as down (the circuit is open) when a call times out and no other call got a response
     meanwhile, or when FAILURES calls in a row fail for a reason that may pass. While the circuit is
     open, every message is rejected at once, except one short probe at a time: first the message
-    whose call opened the circuit, then one PROBE_SECONDS after the last. Any answer closes the
-    circuit, except a 5xx or throttling.
+    whose call opened the circuit, then one PROBE_SECONDS after the last. Any response closes
+    the circuit, except a 5xx or throttling.
 
     Messages for a FIFO queue are sent in the order of their arrival, but a retry comes after those
     that were sent with it. A client that waits for each response sees its order kept.
@@ -1052,7 +1054,7 @@ class Publisher:
             )
             self.max_message_bytes = int(answer["Attributes"]["MaximumMessageSize"])
             self.problem = None
-        except Exception as error:  # a garbled answer makes botocore raise almost anything
+        except Exception as error:  # a malformed response may raise any exception
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not reached", extra={"cause": detail_of(error)})
         finally:
@@ -1217,7 +1219,7 @@ class Publisher:
             return False
         self._open, self._opened_at, self._probe_at = True, now, now
         SQS_CIRCUITS_OPEN.set(1)
-        text = "SQS is down; circuit open, messages are rejected until it answers"
+        text = "SQS is down; circuit open, messages are rejected until SQS responds"
         log.error(text, extra={"cause": cause})
         return True
 
@@ -1237,9 +1239,9 @@ class Publisher:
                 results[failed.get("Id")] = ClientError(error, "SendMessageBatch")
             for sent in answer.get("Successful", []):
                 results[sent.get("Id")] = sent.get("MessageId", "")
-            unknown = ValueError("the answer has no MessageId")
+            unknown = ValueError("the response has no MessageId")
             return [results.get(str(n)) or unknown for n in range(len(batch))]
-        except Exception as error:  # an answer may be garbled in any way
+        except Exception as error:  # a response may be malformed in any way
             return [error] * len(batch)
 
 
@@ -1261,21 +1263,21 @@ CURL_ERRORS: dict[int, type[BotoCoreError]] = {
 class AwsClient:
     """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
 
-    libcurl makes them: it signs, keeps connections, and ends each call `seconds` after its start,
-    from the name look-up to the last byte of the answer. boto3 would need five times the CPU, and
-    has no limit for the whole call. Region, endpoint and credentials are still boto3's. Errors are
-    those of botocore: ClientError for what AWS refuses, else the kind of failure on the way there.
+    libcurl makes the calls: it signs them, keeps connections, and ends each call `seconds` after
+    its start, which includes the name lookup and the last byte of the response. boto3 needs five
+    times the CPU, and has no timeout for a complete call. Region, endpoint and credentials come
+    from boto3. Errors are botocore's: ClientError for an error of AWS, otherwise the kind of
+    network failure.
     """
 
     CONNECT_SECONDS = 1.0
-    MAX_ANSWER_BYTES = 2**20  # ten results of a batch have 3 kB
+    MAX_RESPONSE_BYTES = 2**20  # ten results of a batch have 3 kB
 
     def __init__(
         self, service: str, region: str, credentials: Credentials, seconds: float = 3
     ) -> None:
         session = aws_session(region)
-        # Only what boto3 knows of the service is wanted of this client: it gets keys, so that it
-        # looks for none.
+        # Used for metadata only. The dummy keys prevent a credential search.
         keys = {"aws_access_key_id": "-", "aws_secret_access_key": "-"}
         try:
             meta = boto3.Session(botocore_session=session).client(service, region, **keys).meta
@@ -1310,16 +1312,16 @@ class AwsClient:
             pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
             pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
             pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
-            pycurl.DNS_CACHE_TIMEOUT: 0,  # as with boto3, each new connection looks the name up
+            pycurl.DNS_CACHE_TIMEOUT: 0,  # a lookup for each new connection, as in boto3
             pycurl.NOSIGNAL: 1,
             pycurl.TCP_KEEPALIVE: 1,
-            pycurl.MAXFILESIZE: self.MAX_ANSWER_BYTES,
+            pycurl.MAXFILESIZE: self.MAX_RESPONSE_BYTES,
             pycurl.CAINFO: authorities,
             pycurl.PROXY_CAINFO: authorities,
             pycurl.PROXY: self._proxy,
             pycurl.NOPROXY: "",
             CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
-            # Else a handle that is dropped waits for a look-up that hangs.
+            # Otherwise a handle that is dropped waits for a lookup that hangs.
             CURLOPT_QUICK_EXIT: 1,
         }
 
@@ -1373,28 +1375,28 @@ class AwsClient:
             curl.setopt(pycurl.WRITEFUNCTION, parts.append)
             curl.perform()
         except pycurl.error as error:
-            # On a busy machine the time may be over when libcurl looks, although all is here.
+            # libcurl may report a timeout after it has received the complete response.
             size = sum(map(len, parts))
             if not size or curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T) != size:
                 tunnel = curl.getinfo(pycurl.HTTP_CONNECTCODE) // 100 == 2
                 raise self._failure(error, sends[0] > 0, tunnel) from None
         finally:
             status = curl.getinfo(pycurl.RESPONSE_CODE)
-            # After an error too: libcurl mends the handle by itself, and to drop it may block.
+            # After an error too: libcurl repairs the handle, and dropping it may block.
             self._handles.append((curl, sends))
-        answer = b"".join(parts)
+        content = b"".join(parts)
         if status < 300:
-            return json.loads(answer)  # type: ignore[no-any-return]
+            return json.loads(content)  # type: ignore[no-any-return]
         if status == 407:  # without TLS there is no tunnel
-            refused = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
-            raise self._failure(refused, sent=False, tunnel=False)
+            denied = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
+            raise self._failure(denied, sent=False, tunnel=False)
         lines = (line.decode("latin-1").partition(":") for line in head)
-        refusal = {
+        response = {
             "status_code": status,
             "headers": HeadersDict({name: value.strip() for name, _, value in lines}),
-            "body": answer,
+            "body": content,
         }
-        failure = ClientError(create_parser("json").parse(refusal, None), target.partition(".")[2])
+        failure = ClientError(create_parser("json").parse(response, None), target.partition(".")[2])
         if _is_about_credentials(cause_of(failure)):
             self._credentials.reject(credentials)
         raise failure
@@ -1405,8 +1407,8 @@ class AwsClient:
             curl.setopt(option, value)
 
         def before_sending(*_: object) -> int:
-            # When a kept connection dies before the answer, libcurl would send the request once
-            # more by itself: the queue could get a message twice, and nobody would know.
+            # When a kept connection ends before the response, libcurl would send the request again
+            # without a report: the queue could get a message twice.
             sends[0] += 1
             return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
 
@@ -1467,8 +1469,8 @@ botocore.credentials.AssumeRoleProvider = functools.partial(
 def aws_session(region: str) -> botocore.session.Session:
     """A session with short timeouts for its own calls: a role's credentials come from STS.
 
-    Without the region it would read AWS_DEFAULT_REGION alone, which EKS does not set beside
-    AWS_REGION, and ask the global STS.
+    botocore itself reads AWS_DEFAULT_REGION, which EKS does not set beside AWS_REGION: calls would
+    go to the global endpoint of STS.
     """
     session = botocore.session.get_session()
     session.set_config_variable("region", region)
@@ -1480,7 +1482,7 @@ def aws_session(region: str) -> botocore.session.Session:
 
 # AWS's codes for credentials that it does not accept, in the spellings of SSM, SQS and STS.
 _is_about_credentials = re.compile("Token|Signature|UnrecognizedClient|AccessKeyId").search
-_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for what is no text
+_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for a value that is not a text
 
 
 class Credentials:
@@ -1514,7 +1516,9 @@ class Credentials:
         if not self._searched.wait(self.WAIT_SECONDS):
             self._searched.set()  # later calls do not wait
         if self._found is None:
-            raise self._problem.with_traceback(None)  # else it would grow with each request
+            raise self._problem.with_traceback(
+                None
+            )  # otherwise the traceback would grow with each request
         return self._found
 
     def reject(self, frozen: Any) -> None:
@@ -1550,7 +1554,7 @@ class Credentials:
 # --- Causes of failures ---------------------------------------------------------------------------
 
 
-# AWS's spellings of "too often", and of a request that came too slowly.
+# AWS's error codes for throttling, and for a request that arrived too slowly.
 _is_passing = re.compile(
     "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
 ).search
@@ -1601,7 +1605,7 @@ def detail_of(error: Any) -> str:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether the same call may succeed later: no answer, no proper one, a 5xx, or throttling."""
+    """Whether the same call may succeed later: no valid response, a 5xx, or throttling."""
     if not isinstance(error, ClientError):
         return True
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
@@ -1626,18 +1630,18 @@ def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[
 
 ANSWERS = _counter(
     "email_processor_requests",
-    "Answers by outcome: success, or the error code.",
+    "Responses by outcome: success, or the error code.",
     "outcome",
     ["success", *ERRORS],
 )
 REQUEST_DURATION = prometheus_client.Histogram(
     "email_processor_request_duration_seconds",
-    "Seconds to answer POST /process, without the wait for a thread.",
+    "Seconds from the start of POST /process in a thread to its response.",
     buckets=BUCKETS,
 )
 REQUESTS_IN_FLIGHT = prometheus_client.Gauge(
     "email_processor_requests_in_flight",
-    "POST /process requests that are being handled.",
+    "POST /process requests in a thread, or with a message that waits for SQS.",
     multiprocess_mode="livesum",
 )
 SQS_CALLS = _counter(
@@ -1658,7 +1662,7 @@ SQS_BATCH_SIZE = prometheus_client.Histogram(
 )
 SQS_CIRCUITS_OPEN = prometheus_client.Gauge(
     "email_processor_sqs_circuits_open",
-    "Workers whose circuit is open: they refuse messages at once.",
+    "Workers whose circuit is open: they reject messages at once.",
     multiprocess_mode="livesum",
 )
 TOKEN_READS = _counter(
@@ -1749,21 +1753,21 @@ def logging_config(level: str) -> dict[str, Any]:
             }
         },
         "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
-        # LOG_LEVEL is for this module alone: at DEBUG, botocore logs decrypted tokens and message
-        # bodies, and Gunicorn what it could not parse.
+        # LOG_LEVEL applies to this module only: at DEBUG, botocore logs decrypted tokens and
+        # message bodies, and Gunicorn logs malformed requests.
         "root": {"level": "INFO", "handlers": ["stdout"]},
         "loggers": {
             "email_processor": {"level": level},
-            # Gunicorn takes its own logger out of the tree.
+            # Gunicorn's logger does not propagate by default.
             "gunicorn.error": {"level": "INFO", "propagate": True},
-            # It would warn with a traceback each time that credentials are not renewed.
+            # botocore warns with a traceback each time that credentials are not renewed.
             "botocore": {"level": "ERROR"},
         },
     }
 
 
 def add_request(record: logging.LogRecord) -> bool:
-    """The log's filter: a line that is written while a request is handled tells which one."""
+    """A logging filter: adds the ids of the request that the thread handles."""
     if not hasattr(record, "request_id") and has_app_context() and "exchange" in g:
         line = g.exchange.line
         vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
@@ -1801,10 +1805,10 @@ def shortened(value: Any, longest: int) -> Any:
 
 
 class LogHandler(QueueHandler):
-    """Writes log lines to standard output, and makes nobody wait until they are read there.
+    """Writes log lines to standard output. No caller waits for a reader of the pipe.
 
-    From start() on a thread writes them. Before, in a process that is still to fork, the caller
-    does, if there is room. A line without room is dropped and counted; a later one tells how many.
+    From start() on, a thread writes the lines. Before the fork the caller writes them, if the pipe
+    has room. Lines that do not fit are dropped and counted; a later line reports their number.
     """
 
     def __init__(self, lines: int = 1000) -> None:
@@ -1813,7 +1817,7 @@ class LogHandler(QueueHandler):
         self._queued = self._written = self._dropped = self._told = 0
         self._thread: threading.Thread | None = None
         out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
-        self._out = getattr(out, "raw", out)  # what is left in a buffer would hold up the exit
+        self._out = getattr(out, "raw", out)  # a full buffer would delay the exit
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -1832,7 +1836,7 @@ class LogHandler(QueueHandler):
             self._drop()
 
     def flush(self) -> None:
-        """At the exit: let the thread write what waits, for a second at most."""
+        """At the exit: wait until the thread has written its lines, at most one second."""
         end = time.monotonic() + 1
         while self._thread and self._written < self._queued and time.monotonic() < end:
             time.sleep(0.01)
@@ -1880,7 +1884,7 @@ def log_start(settings: Settings, workers: int, threads: int | None) -> None:
 
 
 def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
-    """Count one answer and write its log line; the only place that does either."""
+    """Count a response and write its log line; no other place does either."""
     ANSWERS[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
@@ -1940,7 +1944,7 @@ def create_app(
     executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
     credentials = Credentials(settings.aws_region)
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
-    probe = sqs  # whoever brings a client decides how long its calls take
+    probe = sqs  # a client from outside has its own timeouts
     if sqs is None:
         sqs = AwsClient("sqs", settings.aws_region, credentials)
         probe = sqs.within(0.75)  # seconds: an SQS that is down delays no message longer
@@ -1996,7 +2000,7 @@ def start_embedded_aws(settings: Settings) -> Settings:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
-        "HOME": os.devnull,  # botocore would look for models of services in .aws/models
+        "HOME": os.devnull,  # botocore reads models of services from .aws/models
         "NO_PROXY": "*",
     }
     botocore.loaders.Loader.CUSTOMER_DATA_PATH = os.devnull
@@ -2077,7 +2081,7 @@ def serve_beside_embedded_aws(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopped.append(number))
     os.environ["STOP_WITH_PROCESS"] = str(os.getpid())
-    # In a session of its own: a closing terminal's SIGHUP would make Gunicorn start anew.
+    # In a new session: Gunicorn reloads on the SIGHUP of a closing terminal.
     server = subprocess.Popen(
         [sys.executable, "-m", "gunicorn"], cwd=PROJECT, start_new_session=True
     )

@@ -36,7 +36,7 @@ def has_room(folder: str | Path) -> bool:
 # The root file system is read-only, and a write to a disk can block.
 memory = "/dev/shm" if has_room("/dev/shm") else None  # noqa: S108
 
-# prometheus_client looks at the variable when it is imported. On SIGHUP this file is read again.
+# prometheus_client reads the variable when it is imported. On SIGHUP this file is read again.
 started = "prometheus_client" in sys.modules
 if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
     try:
@@ -65,7 +65,7 @@ settings = app.Settings.from_environ(os.environ)
 
 # Many systems give a process 1,024 files until it asks for more.
 hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-with suppress(ValueError, OSError):  # macOS calls it unlimited, and then refuses that
+with suppress(ValueError, OSError):  # macOS reports no limit, and then does not accept that
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -74,7 +74,7 @@ wsgi_app = "app:create_app()"
 bind = f"{'[::]' if socket.has_dualstack_ipv6() else '0.0.0.0'}:{settings.port}"
 workers = settings.gunicorn_workers
 threads = settings.gunicorn_threads
-# Each worker has a listening socket of its own, and Linux spreads connections evenly over them. A
+# Each worker has its own listening socket, and Linux spreads connections evenly over them. A
 # single worker uses the master's, in which connections wait while the worker is replaced.
 reuse_port = workers > 1 and sys.platform == "linux"
 # Of a worker, idle ones included. Calls of AWS need files too.
@@ -82,7 +82,7 @@ worker_connections = max(threads + 1, min(2000, files - 128))
 # Loaded once, before the fork: workers share its memory, and a bad release fails at the start.
 preload_app = True
 # Longer than the ALB's idle limit of 60 s. Were it shorter, the ALB would now and then send a
-# request into a connection that is just being closed, and answer 502.
+# request on a connection that is just being closed, and respond with 502.
 keepalive = 75
 # Kubernetes' grace period counts from the preStop sleep on and must exceed both together.
 graceful_timeout = 25
@@ -107,10 +107,14 @@ class Logger(glogging.Logger):  # type: ignore[misc]
         super().__init__(cfg)
         app.log_start(settings, workers, threads)
 
+    def info(self, msg: str, *arguments: Any, **options: Any) -> None:
+        if msg.startswith("Listening at") and not arguments[0]:
+            # With reuse_port the workers have the sockets, and the master has none to name.
+            arguments = (bind, *arguments[1:])
+        super().info(msg, *arguments, **options)
+
     def access(self, *_: Any) -> None:
-        """app.py writes a line for each request. With a logconfig_dict, Gunicorn would still gather
-        what its own line shows.
-        """
+        """Do nothing: app.py writes a line for each request."""
 
 
 logger_class = Logger
@@ -125,12 +129,12 @@ def on_starting(server: Any) -> None:
     server.cfg.set("reuse_port", False)
     close_sockets(create_sockets(server.cfg, server.log))
     server.cfg.set("reuse_port", reuse_port)
-    # Now that the port is this service's own, so is the folder. The master's own files go as well:
-    # its gauges would count beside the workers'.
+    # The port is free, so no other instance uses the folder. The master's own files are removed
+    # too: its gauges would count beside the workers'.
     for file in metrics.glob("*.db"):
         file.unlink()
-    # Until a worker has its own handlers, it has the master's, which would swallow a SIGTERM: the
-    # master would then wait for the worker until the graceful timeout.
+    # A new worker has the master's signal handlers at first. They would swallow a SIGTERM, and the
+    # master would wait for the worker until the graceful timeout.
     stop = {signal.SIGTERM}
     os.register_at_fork(
         before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, stop),
@@ -139,24 +143,23 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
-    murder, looked, spared = server.murder_workers, [time.monotonic()], [0.0]
+    murder, called_at, spared_until = server.murder_workers, [time.monotonic()], [0.0]
     parent = os.environ.get("STOP_WITH_PROCESS")  # of app.py, with the embedded AWS
 
     def murder_workers() -> None:
         if parent and os.getppid() != int(parent):
             os.kill(os.getpid(), signal.SIGINT)
-        # Called every second. After a pause the master slept as well, as in a frozen container or a
-        # node's live migration: the workers get time to be heard of again.
+        # Called every second. After a pause of the container, as in a live migration, give the
+        # workers one timeout to send a heartbeat.
         now = time.monotonic()
-        if now - looked[0] > 5:
-            spared[0] = now + server.cfg.timeout
-        looked[0] = now
-        if now >= spared[0]:
+        if now - called_at[0] > 5:
+            spared_until[0] = now + server.cfg.timeout
+        called_at[0] = now
+        if now >= spared_until[0]:
             murder()
 
     server.murder_workers = murder_workers
-    # What is loaded stays. Were the workers' garbage collectors to look through it, each would get
-    # a copy of its own, 4 MiB of memory.
+    # The workers' garbage collectors would copy 4 MiB of the master's pages when they visit them.
     gc.collect()
     gc.freeze()
 

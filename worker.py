@@ -46,10 +46,10 @@ _chunk_size = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;[^\r\n]*)?\r\n").match
 
 
 class ReceivedRequest:
-    """The received bytes of a request, and of what the client has sent behind it.
+    """The received bytes of a request, and of the bytes that the client has sent behind it.
 
-    It tells when a thread can handle the request. Gunicorn's parser alone decides which request
-    it is; for the parser this is the socket.
+    is_complete decides when a thread can handle the request. Only Gunicorn's parser decides which
+    request it is; the parser reads from this object as from a socket.
     """
 
     def __init__(self, max_body_bytes: int, data: bytes = b"") -> None:
@@ -80,7 +80,7 @@ class ReceivedRequest:
         return len(self.data) - self._body_start >= self._body_bytes
 
     def reject(self, error: app.ApiError) -> None:
-        """Have the request answered with this error. Its body is dropped."""
+        """Set the error that the client gets. The body is dropped."""
         self.error = error
         del self.data[self._body_start :]
 
@@ -204,7 +204,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         settings = self.wsgi.settings
         self.max_body_bytes: int = settings.max_request_bytes
         self.body_seconds: float = settings.body_timeout_seconds
-        self.keepalive: int = self.cfg.keepalive  # each look-up in cfg takes a microsecond
+        self.keepalive: int = self.cfg.keepalive  # a lookup in cfg takes a microsecond
         self.max_received_bytes = max(
             MAX_RECEIVED_BYTES // self.cfg.workers, self.max_body_bytes + MAX_HEAD_BYTES
         )
@@ -214,7 +214,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         self.poller.register(self.PIPE[0], selectors.EVENT_READ, self.clear_pipe)
         for listener in self.sockets:
             listener.setblocking(False)
-            # Else the kernel would hold a whole response for each client that does not read.
+            # Otherwise the kernel holds a complete response for each client that does not read.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.set_accepting(True)
         while self.alive:
@@ -225,7 +225,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.turn()
 
     def turn(self) -> None:
-        """Do what is due, once: receive, send, accept, and enforce deadlines."""
+        """One turn: receive, accept, send, and enforce deadlines."""
         # In this order: a thread appends its response before it reads is_awake.
         self.is_awake = False
         timeout = 0.0 if self.responses else SWEEP_SECONDS if self.connections else 1.0
@@ -310,7 +310,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         """Accept the connections that wait, at most 64, so that the others have their turn."""
         for number in range(64):
             if self.connections >= self.cfg.worker_connections:
-                if number:  # none may wait: the next event tells
+                if number:  # perhaps none waits: see at the next event
                     return
                 if not self.close_oldest_idle():
                     self.set_accepting(False)  # until the next sweep
@@ -370,7 +370,7 @@ class Worker(base.Worker):  # type: ignore[misc]
                 self.close(conn)
             return
         if not request.data:
-            data = data.lstrip(b"\r\n")  # line breaks alone do not begin a request
+            data = data.lstrip(b"\r\n")  # line breaks do not begin a request
             if not data:
                 return
             conn.deadline = time.monotonic() + self.body_seconds
@@ -467,7 +467,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             resp, environ = wsgi.create(req, conn, conn.address, conn.server, self.cfg)
             environ["wsgi.multithread"] = True
             environ["worker.error"] = request.error
-            # Gunicorn heeds "close" only where it stands alone.
+            # Gunicorn finds "close" only if it is the only option.
             options = environ.get("HTTP_CONNECTION", "").lower().split(",")
             if not self.alive or "close" in map(str.strip, options):
                 resp.force_close()
@@ -486,7 +486,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.fail(conn, req, error)
 
     def is_fully_read(self, body: Any) -> bool:
-        """Whether the next request follows: reads what the application left of the body."""
+        """Whether the next request follows the body. Reads the rest that the application left."""
         with suppress(Exception):  # Gunicorn's, of a malformed chunk
             while not body.failed and body.read(2**20):
                 pass

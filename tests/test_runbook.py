@@ -22,7 +22,7 @@ import app
 __all__ = ["emulator"]  # a fixture
 
 RUNBOOK = page("runbook")
-SOURCE = (PROJECT / "app.py").read_text("utf-8")
+SOURCE = "".join((PROJECT / name).read_text("utf-8") for name in ("app.py", "tracing.py"))
 ENTRIES = {
     text.split("\n", 1)[0]: text.split("\n## ", 1)[0] for text in RUNBOOK.split("\n### ")[1:]
 }
