@@ -39,6 +39,7 @@ STOP_SECONDS = 2.0  # to wait for a client that neither sends nor closes
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
 
 _is_request_line = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[0-9]\r\n").match
+_is_http_1_0 = re.compile(rb"[^\r\n]*+(?<= HTTP/1\.0)\r\n").match
 _framing_headers = re.compile(
     rb"\r\n(content-length|transfer-encoding|expect):([^\r\n]*+)(?=\r\n)", re.I
 ).findall
@@ -109,7 +110,9 @@ class ReceivedRequest:
             elif name.lower() == b"transfer-encoding":
                 codings += [coding.strip() for coding in value.lower().split(b",")]
             else:
-                self.expects_continue = is_valid = value.lower() == b"100-continue"
+                is_valid = is_valid and value.lower() == b"100-continue"
+                # HTTP/1.0 has no interim responses.
+                self.expects_continue = is_valid and not _is_http_1_0(self.data)
         is_chunked = codings[-1:] == [b"chunked"] and codings.count(b"chunked") == 1
         if is_valid and is_chunked and not lengths:
             self._body_bytes = None

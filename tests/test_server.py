@@ -160,9 +160,12 @@ def test_expectation_is_answered_once(service: Service, head: bytes, body: bytes
         post_head(f"Content-Length: {LIMIT + 1}", EXPECT),
         post_head("Content-Length: 2", "Content-Length: 3", EXPECT),
         post_head("Content-Length: 2", "Expect: wonders"),
+        post_head("Content-Length: 2", "Expect: wonders", EXPECT),
         post(BODY, EXPECT, "Connection: close"),  # its body is there already
+        # RFC 9110 section 10.1.1: an expectation of HTTP/1.0 is ignored.
+        post_head("Content-Length: 2", EXPECT).replace(b"HTTP/1.1", b"HTTP/1.0"),
     ],
-    ids=["oversized", "two lengths", "unknown", "with its body"],
+    ids=["oversized", "two lengths", "unknown", "unknown and known", "with its body", "HTTP/1.0"],
 )
 def test_expectation_of_a_body_that_is_not_awaited_gets_no_100(
     service: Service, sent: bytes
