@@ -484,6 +484,13 @@ def test_rejected_batch_goes_message_by_message() -> None:
     assert requests.sizes == [1, 3, 1, 1, 1, 1]
 
 
+def test_messages_of_a_rejected_batch_go_in_two_calls_at_once() -> None:
+    requests = play(5, OK, OK, "refused", calls=2)
+    assert [len(call.entries) for call in requests.queue.calls] == [1, 1]
+    requests.end_all()
+    assert requests.outcomes == "sssss"
+
+
 def test_messages_are_retried_in_their_order_before_later_ones() -> None:
     requests = play(6, OK, 8)
     requests.end_call(results=[BUSY, SENT, BUSY, SENT, BUSY])
