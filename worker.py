@@ -404,7 +404,9 @@ class Worker(base.Worker):  # type: ignore[misc]
         if conn.is_lingering or conn.unsent or not conn.request.is_head_complete():
             self.close(conn)
         else:
-            conn.request.reject(app.ApiError("request_timeout"))
+            is_late = conn.deadline <= time.monotonic()
+            cause = None if is_late else "the oldest, with too many bytes of incomplete requests"
+            conn.request.reject(app.ApiError("request_timeout", cause=cause))
             self.dispatch(conn)
 
     def dispatch(self, conn: Connection) -> None:
@@ -470,14 +472,15 @@ class Worker(base.Worker):  # type: ignore[misc]
             resp, environ = wsgi.create(req, conn, conn.address, conn.server, self.cfg)
             environ["wsgi.multithread"] = True
             environ["worker.error"] = request.error
+            body = self.wsgi(environ, resp.start_response)
+            is_fully_read = self.is_fully_read(req.body)
+            rest = parser.unreader.take_buffered() + request.take_rest()
             # Gunicorn finds "close" only if it is the only option.
             options = environ.get("HTTP_CONNECTION", "").lower().split(",")
-            if not self.alive or "close" in map(str.strip, options):
+            # At a stop, requests that have arrived behind this one still get their responses.
+            is_last = "close" in map(str.strip, options) or not (self.alive or rest)
+            if is_last or request.error or not is_fully_read:
                 resp.force_close()
-            body = self.wsgi(environ, resp.start_response)
-            if request.error or not self.is_fully_read(req.body):
-                resp.force_close()
-            rest = parser.unreader.take_buffered() + request.take_rest()
             conn.request = ReceivedRequest(self.max_body_bytes, rest.lstrip(b"\r\n"))
             if rest:
                 self.count(conn, len(conn.request.data))
