@@ -637,6 +637,9 @@ def test_stop_waits_a_second_for_a_collector_that_hangs(
     begin = time.monotonic()
     traced.app.tracing.stop()
     assert time.monotonic() - begin < 15, "OpenTelemetry alone waits for 30 s"
+    traced.receiver.answer = accept  # so that the thread ends, too
+    traced.receiver.closing.set()
+    eventually(lambda: traced.receiver.spans)
 
 
 def test_tracing_that_was_never_started_changes_nothing(traced: Traced) -> None:
