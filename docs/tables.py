@@ -1,7 +1,7 @@
-"""Rewrite the tables that the code decides: venv/bin/python docs/tables.py
+"""Rewrite the generated tables of README.md and docs/: venv/bin/python docs/tables.py
 
-Each stands in README.md or docs/ between <!-- table: NAME --> and <!-- end -->. The meaning of a
-setting is written by hand, and kept.
+A table stands between <!-- table: NAME --> and <!-- end -->. The last column of the settings is
+written by hand, and stays.
 """
 
 import dataclasses
@@ -34,10 +34,11 @@ def settings(old: str) -> list[tuple[str, ...]]:
 
 
 def errors(_: str) -> list[tuple[str, ...]]:
-    """In the order of the checks; openapi.yaml explains each."""
+    """In the order of the checks; the explanations come from openapi.yaml."""
     api = (PROJECT / "openapi.yaml").read_text("utf-8")
     texts = [
-        answer["description"] for answer in yaml.safe_load(api)["components"]["responses"].values()
+        response["description"]
+        for response in yaml.safe_load(api)["components"]["responses"].values()
     ]
     explained = dict(re.findall(r"^\| (`\w+`) \| (.+) \|$", "\n".join(texts), re.M))
     rows = [("Status", "`error`", "When", "Then")]
@@ -46,8 +47,8 @@ def errors(_: str) -> list[tuple[str, ...]]:
     return rows
 
 
-# Labels whose values the configuration or the build decides.
-DECIDED = {
+# Labels whose values depend on the configuration or the build.
+VARIABLE = {
     "parameter": "each name in `TOKEN_SSM_PARAMETER`",
     "version": "as in `GET /`",
     "commit": "as in `GET /`",
@@ -55,7 +56,7 @@ DECIDED = {
 
 
 def metrics(_: str) -> list[tuple[str, ...]]:
-    app.TOKENS_ACCEPTED.labels("")  # no series, no label
+    app.TOKENS_ACCEPTED.labels("")  # a metric without a series has no label
     rows = [("Metric", "Type", "Labels", "Meaning")]
     for metric in REGISTRY.collect():
         if not metric.name.startswith("email_processor") or metric.name.endswith("_created"):
@@ -63,12 +64,12 @@ def metrics(_: str) -> list[tuple[str, ...]]:
         labels: dict[str, list[str]] = {}
         for name, value in (pair for sample in metric.samples for pair in sample.labels.items()):
             labels.setdefault(name, []).append(value)
-        labels.pop("le", None)  # a histogram's own
+        labels.pop("le", None)  # of every histogram
         cells = []
         for name, values in labels.items():
             listed = [f"`{value}`" for value in dict.fromkeys(values) if value not in app.ERRORS]
             codes = ["or an error code"] if set(app.ERRORS) <= set(values) else []
-            cells.append(f"`{name}`: {DECIDED.get(name) or ', '.join(listed + codes)}")
+            cells.append(f"`{name}`: {VARIABLE.get(name) or ', '.join(listed + codes)}")
         name = metric.name + "_total" * (metric.type == "counter")
         rows.append((f"`{name}`", metric.type, "; ".join(cells), metric.documentation))
     return rows
