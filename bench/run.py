@@ -109,7 +109,7 @@ def pod(workers: int, aws: FakeAws) -> Contender:
     name = f"{workers} worker{'s' * (workers > 1)}"
     engine = {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
     variables = email_processor(workers).variables
-    settings = [f"--env={name}" for name in ("PORT", *variables, *aws.environment())]
+    settings = [f"--env={name}" for name in ("PORT", *variables, *aws.variables())]
     limits = ("--cpus=0.5", "--memory=512m", "--read-only", "--tmpfs=/tmp", "--log-driver=none")
     run = ("docker", "run", "--rm", "--name=bench-{port}", "--network=host")
     return Contender(name, (*run, *limits, *settings, IMAGE), PROJECT, engine | variables)
@@ -178,7 +178,7 @@ def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
         process = subprocess.Popen(
             [part.format(port=port) for part in contender.command],
             cwd=contender.folder,
-            env={**variables, **aws.environment(), **contender.variables},
+            env={**variables, **aws.variables(), **contender.variables},
             stdout=subprocess.DEVNULL,  # a log line for each request: all write it, none keeps it
             stderr=complaints,
             start_new_session=True,

@@ -311,7 +311,7 @@ class FakeAws:
             self.process.kill()
             self.process.communicate()
 
-    def environment(self) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         """The variables that point the service, or any AWS SDK, at the fake."""
         return {
             "AWS_ENDPOINT_URL": self.url,

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 
-from conftest import BODY, WAIT, eventually
+from client import BODY
 from fake_aws import FakeAws
+from service import WAIT, eventually
 
 _numbers = itertools.count()
 
@@ -118,7 +119,7 @@ class Load:
 
 
 @dataclass
-class Ledger:
+class LoadReport:
     """What the clients were told, beside what the queue took."""
 
     sent: int
@@ -130,9 +131,9 @@ class Ledger:
     twice: int  # messages that are in the queue more than once
 
     @classmethod
-    def of(cls, fake: FakeAws, *loads: Load) -> Ledger:
-        taken = Counter(message["attributes"]["RequestId"] for message in fake.messages())
-        ids = {m["message_id"]: m["attributes"]["RequestId"] for m in fake.messages()}
+    def of(cls, fake_aws: FakeAws, *loads: Load) -> LoadReport:
+        taken = Counter(message["attributes"]["RequestId"] for message in fake_aws.messages())
+        ids = {m["message_id"]: m["attributes"]["RequestId"] for m in fake_aws.messages()}
         acknowledged = {k: v for load in loads for k, v in load.acknowledged.items()}
         return cls(
             sent=sum(load.sent for load in loads),

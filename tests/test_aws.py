@@ -30,11 +30,13 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError, ProxyConnectionError, SSLError
-from conftest import BODY, DATA, PARAMETER, PROJECT, NameServer, environment, eventually
+from client import BODY, DATA
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from fake_aws import REGION, FakeAws
+from fake_aws import PARAMETER, REGION, FakeAws
+from name_server import NameServer
+from service import PROJECT, clean_environment, eventually
 from test_runbook import row_of
 
 import app
@@ -140,10 +142,10 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
 
 @pytest.fixture
-def fake(fake: FakeAws, monkeypatch: pytest.MonkeyPatch) -> FakeAws:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", fake.url)
-    fake.set(latency_ms=0)
-    return fake
+def fake_aws(fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> FakeAws:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", fake_aws.url)
+    fake_aws.set(latency_ms=0)
+    return fake_aws
 
 
 def client(service: str = "sqs", seconds: float = LONG) -> app.AwsClient:
@@ -441,9 +443,9 @@ ERRORS = [
     ],
 )
 def test_errors_are_those_of_boto3(
-    fake: FakeAws, service: str, method: str, given: dict[str, Any], error: dict[str, Any]
+    fake_aws: FakeAws, service: str, method: str, given: dict[str, Any], error: dict[str, Any]
 ) -> None:
-    fake.set(faults={"*": {"kind": "error", **error}})
+    fake_aws.set(faults={"*": {"kind": "error", **error}})
     boto = theirs(service)
     seen = []
     for each in (client(service), boto):
@@ -462,7 +464,7 @@ def test_log_has_the_first_line_of_an_error_alone() -> None:
     assert app.detail_of(error).endswith("The signature does not match.")
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake_aws")
 def test_missing_queue_has_its_older_code() -> None:
     error = failure(lambda: send(client(), "http://sqs/1/nope"))
     assert app.cause_of(error) == "AWS.SimpleQueueService.NonExistentQueue"
@@ -496,8 +498,8 @@ def test_throttling_in_any_spelling_is_temporary(code: str, status: int, tempora
         ("garbage", "JSONDecodeError"),
     ],
 )
-def test_answer_that_is_none_has_its_cause(fake: FakeAws, kind: str, name: str) -> None:
-    fake.set(faults={"*": {"kind": kind}})
+def test_answer_that_is_none_has_its_cause(fake_aws: FakeAws, kind: str, name: str) -> None:
+    fake_aws.set(faults={"*": {"kind": kind}})
     error = failure(lambda: send(client()))
     assert kind_of(error) == name
     assert app.is_temporary(error)
@@ -528,13 +530,13 @@ def test_what_cannot_be_reached_is_named(
 
 
 @pytest.mark.parametrize("kind", ["hang", "trickle"])
-def test_call_ends_at_its_deadline(fake: FakeAws, kind: str) -> None:
-    fake.set(faults={"*": {"kind": kind}})
+def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
+    fake_aws.set(faults={"*": {"kind": kind}})
     sqs = client().within(0.3)
     error = failure(lambda: send(sqs))
     assert kind_of(error) == "ReadTimeoutError"
     assert isinstance(error, app.TIMEOUTS)
-    fake.set(faults={})
+    fake_aws.set(faults={})
     assert send(sqs.within(LONG))["MessageId"]  # on the same handle
 
 
@@ -556,10 +558,10 @@ pycurl_curl = app.pycurl.Curl
 
 
 def test_whole_answer_counts_although_its_time_is_over(
-    fake: FakeAws, monkeypatch: pytest.MonkeyPatch
+    fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.pycurl, "Curl", LateCurl)
-    assert send(client())["MessageId"] == fake.messages()[0]["message_id"]
+    assert send(client())["MessageId"] == fake_aws.messages()[0]["message_id"]
 
 
 def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,23 +577,23 @@ def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPat
         assert cause(client()) == "ConnectTimeoutError"
 
 
-def test_message_is_sent_once_when_its_connection_dies(fake: FakeAws) -> None:
+def test_message_is_sent_once_when_its_connection_dies(fake_aws: FakeAws) -> None:
     sqs = client()
     send(sqs)  # the connection is kept
-    fake.set(faults={"*": {"kind": "lost_answer"}})
+    fake_aws.set(faults={"*": {"kind": "lost_answer"}})
     assert cause(sqs) == "ConnectionClosedError"
-    assert fake.calls("SendMessage") == 2
+    assert fake_aws.calls("SendMessage") == 2
 
 
-def test_read_is_tried_again_when_its_connection_dies(fake: FakeAws) -> None:
-    fake.set(faults={"*": {"kind": "reset"}})
+def test_read_is_tried_again_when_its_connection_dies(fake_aws: FakeAws) -> None:
+    fake_aws.set(faults={"*": {"kind": "reset"}})
     failure(lambda: client("ssm").get_parameters(Names=[PARAMETER]))
-    assert fake.calls("GetParameters") == 2
+    assert fake_aws.calls("GetParameters") == 2
 
 
-def test_connections_closed_while_idle_cost_no_message(fake: FakeAws) -> None:
-    fake.set(faults={"SQS": {"kind": "close"}})
-    service = app.create_app(app.Settings(sqs_queue_url=fake.queue_url)).test_client()
+def test_connections_closed_while_idle_cost_no_message(fake_aws: FakeAws) -> None:
+    fake_aws.set(faults={"SQS": {"kind": "close"}})
+    service = app.create_app(app.Settings(sqs_queue_url=fake_aws.queue_url)).test_client()
     for _ in range(5):
         assert service.post("/process", json=json.loads(BODY)).status_code == 200
         time.sleep(0.1)  # the fake closes after 0.05 s: what is tested is what time does
@@ -611,7 +613,7 @@ def test_no_handle_is_made_before_the_first_call(
     assert len({request.client for request in endpoint.requests}) == 1
 
 
-def test_calls_take_no_more_memory_or_files(fake: FakeAws) -> None:
+def test_calls_take_no_more_memory_or_files(fake_aws: FakeAws) -> None:
     sqs = client()
 
     def calls(count: int) -> None:
@@ -620,7 +622,7 @@ def test_calls_take_no_more_memory_or_files(fake: FakeAws) -> None:
                 send(sqs)
 
     for kind in ("reset", "garbage", "error"):
-        fake.set(faults={"*": {"kind": kind, "share": 0.5, "status": 500, "code": "x"}})
+        fake_aws.set(faults={"*": {"kind": kind, "share": 0.5, "status": 500, "code": "x"}})
         calls(100)
     files = len(os.listdir("/proc/self/fd"))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -774,7 +776,7 @@ def test_credential_process_ends_with_the_service(tmp_path: Path) -> None:
     service = subprocess.Popen(
         [sys.executable, "-c", "import app; app.Credentials('us-west-1').frozen()"],
         cwd=PROJECT,
-        env=environment(AWS_CONFIG_FILE=str(tmp_path / "config"), AWS_ACCESS_KEY_ID=""),
+        env=clean_environment(AWS_CONFIG_FILE=str(tmp_path / "config"), AWS_ACCESS_KEY_ID=""),
         stderr=subprocess.DEVNULL,
     )
     eventually(pid.exists)
@@ -962,7 +964,7 @@ def test_silent_name_server_ends_the_call_within_its_time(name_server: NameServe
     result = subprocess.run(
         [*name_server.command, sys.executable, "-c", SILENT],
         cwd=PROJECT,
-        env=environment(AWS_ENDPOINT_URL="http://sqs.email-processor.test"),
+        env=clean_environment(AWS_ENDPOINT_URL="http://sqs.email-processor.test"),
         capture_output=True,
         text=True,
         timeout=120,

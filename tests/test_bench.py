@@ -10,8 +10,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import PROJECT
 from fake_aws import FakeAws, Services, Settings
+from service import PROJECT
 
 sys.path.insert(0, str(PROJECT / "bench"))
 
@@ -48,12 +48,12 @@ def test_every_contender_is_there() -> None:
             assert (contender.folder / last).is_file(), contender.name
 
 
-def test_fake_has_all_that_is_asked_of_it(fake_process: FakeAws) -> None:
+def test_fake_has_all_that_is_asked_of_it(fake_aws_process: FakeAws) -> None:
     asked = set(re.findall(r"\baws\.(\w+)", SOURCE))
-    assert {name for name in asked if not hasattr(fake_process, name)} == set()
+    assert {name for name in asked if not hasattr(fake_aws_process, name)} == set()
     assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Settings()).keys()
     counts = set(re.findall(r'\b(?:before|after)\["(\w+)"\]', SOURCE))
-    assert counts <= fake_process.counts().keys()
+    assert counts <= fake_aws_process.counts().keys()
     operations = {
         name for pair in re.findall(r'calls\("(\w+)", "(\w+)"\)', SOURCE) for name in pair
     }

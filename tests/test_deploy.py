@@ -27,7 +27,7 @@ import botocore.session
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import PROJECT, eventually, free_port
+from service import PROJECT, eventually, free_port
 from test_scripts import assert_one_line, environment, executable, only
 
 KUBECTL = shutil.which("kubectl") or ""

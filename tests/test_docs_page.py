@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATA, TOKEN, WAIT, StartService, eventually, free_port, is_listening
-from fake_aws import FakeAws
+from client import DATA
+from fake_aws import TOKEN, FakeAws
+from service import WAIT, StartService, eventually, free_port, is_listening
 
 import app
 
@@ -92,8 +93,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def url(start_service: StartService, fake_process: FakeAws) -> Iterator[str]:
-    with start_service(**fake_process.environment(), GUNICORN_WORKERS="1") as service:
+def url(start_service: StartService, fake_aws_process: FakeAws) -> Iterator[str]:
+    with start_service(**fake_aws_process.variables(), GUNICORN_WORKERS="1") as service:
         yield f"http://127.0.0.1:{service.port}"
 
 
@@ -105,12 +106,12 @@ def test_page_explains_every_error_of_process(browser: Browser, url: str) -> Non
     assert browser.complaints() == []
 
 
-def test_page_sends_what_is_typed_into_it(browser: Browser, url: str, fake: FakeAws) -> None:
+def test_page_sends_what_is_typed_into_it(browser: Browser, url: str, fake_aws: FakeAws) -> None:
     browser.open(f"{url}/docs#/Messages/process")
     browser.click(f"{POST} .try-out__btn")
     browser.click(f"{POST} .execute")
     shown = browser.text(ANSWER)
-    (message,) = fake.messages()
+    (message,) = fake_aws.messages()
     assert shown.startswith("200")
     assert message["message_id"] in shown
     assert json.loads(message["body"]) == DATA
@@ -120,4 +121,4 @@ def test_page_sends_what_is_typed_into_it(browser: Browser, url: str, fake: Fake
     browser.click(f"{POST} .execute")
     shown = eventually(lambda: (text := browser.text(ANSWER)).startswith("400") and text)
     assert "email_sender is empty" in shown
-    assert len(fake.messages()) == 1
+    assert len(fake_aws.messages()) == 1

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import DATA, TOKEN, WAIT, Service, environment, eventually
-from fake_aws import FakeAws
+from client import DATA
+from fake_aws import TOKEN, FakeAws
+from service import WAIT, ServiceProcess, clean_environment, eventually
 from test_documentation import page, section
 
 
@@ -45,7 +46,7 @@ def start(language: str, code: str, folder: Path, **variables: str) -> subproces
     return subprocess.Popen(
         [program, f"client.{suffix}"],
         cwd=folder,
-        env=environment(**variables),
+        env=clean_environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -64,16 +65,18 @@ def end(client: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def service(
-    fake_process: FakeAws, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Service, dict[str, str]]]:
+    fake_aws_process: FakeAws, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ServiceProcess, dict[str, str]]]:
     """A service on the fake AWS, and the variables that lead a client to it."""
     folder = tmp_path_factory.mktemp("service") / "tmp"
-    with Service(folder, {**fake_process.environment(), "GUNICORN_WORKERS": "1"}) as running:
+    with ServiceProcess(
+        folder, {**fake_aws_process.variables(), "GUNICORN_WORKERS": "1"}
+    ) as running:
         url = f"http://127.0.0.1:{running.port}"
         yield running, {"API_URL": url, "API_TOKEN": TOKEN}
 
 
-def requests_with(service: Service, outcome: str) -> int:
+def requests_with(service: ServiceProcess, outcome: str) -> int:
     metrics = service.get("/metrics").body.decode()
     found = re.search(
         rf'^email_processor_requests_total{{outcome="{outcome}"}} (\d+)', metrics, re.M
@@ -84,24 +87,24 @@ def requests_with(service: Service, outcome: str) -> int:
 
 @NEEDS["bash"]
 def test_first_command_queues_the_message_that_it_shows(
-    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     url = service[1]["API_URL"]
     code = code_blocks(section("POST /process"))["bash"].replace("http://localhost:8080", url)
     status, output = end(start("bash", code, tmp_path / "client"))
     assert status == 0, output
-    (message,) = fake.messages()
+    (message,) = fake_aws.messages()
     assert message["message_id"] in output
     assert json.loads(message["body"]) == DATA
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_client_queues_its_message(
-    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     status, output = end(start(language, CLIENTS[language], tmp_path / "client", **service[1]))
     assert status == 0, output
-    (message,) = fake.messages()
+    (message,) = fake_aws.messages()
     assert message["message_id"] in output
     assert message["attributes"]["IdempotencyKey"] == "order-1843"
     assert json.loads(message["body"]).keys() == DATA.keys()
@@ -109,7 +112,7 @@ def test_client_queues_its_message(
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_client_shows_what_is_its_own_fault(
-    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
     before = requests_with(running, "invalid_data")
@@ -118,24 +121,24 @@ def test_client_shows_what_is_its_own_fault(
     assert status != 0
     assert '"errors": [{"field": "email_sender", "message": "email_sender is empty"}]' in output
     assert requests_with(running, "invalid_data") == before + 1
-    assert fake.messages() == []
+    assert fake_aws.messages() == []
 
 
 @pytest.mark.slow
 def test_clients_outlast_a_queue_that_is_down(
-    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
     refused = requests_with(running, "queue_unavailable") + len(INSTALLED)
-    fake.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
+    fake_aws.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
     clients = [start(name, CLIENTS[name], tmp_path / name, **variables) for name in INSTALLED]
     try:
         eventually(lambda: requests_with(running, "queue_unavailable") >= refused)
     finally:
-        fake.set(faults={})
+        fake_aws.set(faults={})
         ends = [end(client) for client in clients]
     assert [status for status, _ in ends] == [0] * len(clients), ends
-    queued = {message["message_id"] for message in fake.messages()}
+    queued = {message["message_id"] for message in fake_aws.messages()}
     assert len(queued) == len(clients)
     assert all(any(queued_id in output for queued_id in queued) for _, output in ends)
 

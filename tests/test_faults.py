@@ -23,22 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import (
-    BODY,
-    PARAMETER,
-    TOKEN,
-    NameServer,
-    Service,
-    StartService,
-    chunk,
-    eventually,
-    kill,
-    post,
-    post_head,
-    request_head,
-)
-from fake_aws import FakeAws
-from load import Ledger, Load
+from client import BODY, chunk, post, post_head, request_head
+from fake_aws import PARAMETER, TOKEN, FakeAws
+from load import Load, LoadReport
+from name_server import NameServer
+from service import ServiceProcess, StartService, eventually, kill
 
 pytestmark = pytest.mark.slow
 
@@ -52,21 +41,21 @@ HANG = 3.0
 class Day:
     """A bad one: what its tests need."""
 
-    fake: FakeAws
+    fake_aws: FakeAws
     start: StartService
     note: Callable[..., None]
     full: bool
 
-    def service(self, *several: dict[str, str], **variables: str) -> Service:
+    def service(self, *several: dict[str, str], **variables: str) -> ServiceProcess:
         for more in several:
             variables = more | variables
-        return self.start(**(self.fake.environment() | variables))
+        return self.start(**(self.fake.variables() | variables))
 
-    def ledger(self, title: str, *loads: Load, statuses: set[int], notes: str = "") -> Ledger:
+    def ledger(self, title: str, *loads: Load, statuses: set[int], notes: str = "") -> LoadReport:
         """What the clients were told and the queue took: nothing lost, and each request answered
         with one of the statuses.
         """
-        ledger = Ledger.of(self.fake, *loads)
+        ledger = LoadReport.of(self.fake, *loads)
         self.note(title, *filter(None, (ledger, notes)))
         assert set(ledger.statuses) <= statuses
         assert not ledger.lost
@@ -84,23 +73,25 @@ class Day:
 
 @pytest.fixture
 def day(
-    fake: FakeAws, start_service: StartService, figures: Callable[..., None], full: bool
+    fake_aws: FakeAws, start_service: StartService, figures: Callable[..., None], full: bool
 ) -> Day:
-    return Day(fake, start_service, figures, full)
+    return Day(fake_aws, start_service, figures, full)
 
 
 @pytest.fixture(scope="module")
-def service_of_all(start_service: StartService, fake_process: FakeAws) -> Iterator[Service]:
-    with start_service(**fake_process.environment()) as service:
+def service_of_all(
+    start_service: StartService, fake_aws_process: FakeAws
+) -> Iterator[ServiceProcess]:
+    with start_service(**fake_aws_process.variables()) as service:
         yield service
 
 
 @pytest.fixture
-def service(service_of_all: Service, fake: FakeAws) -> Service:
+def service(service_of_all: ServiceProcess, fake_aws: FakeAws) -> ServiceProcess:
     """The defaults, 4 workers with 2 threads each, in front of a healthy fake AWS."""
     eventually(lambda: len(service_of_all.workers()) == 4)
     eventually(lambda: {service_of_all.ask(post()).status for _ in range(8)} == {200})
-    fake.forget()
+    fake_aws.forget()
     return service_of_all
 
 
@@ -130,7 +121,7 @@ def test_healthy_day_queues_every_message(day: Day) -> None:
     ],
 )
 def test_sqs_that_fails_a_share_of_calls_loses_no_message(
-    service: Service, day: Day, share: float, served: float, status: int, code: str
+    service: ServiceProcess, day: Day, share: float, served: float, status: int, code: str
 ) -> None:
     fault = {"kind": "error", "status": status, "code": code, "share": share}
     day.fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
@@ -144,7 +135,7 @@ def test_sqs_that_fails_a_share_of_calls_loses_no_message(
 
 def test_batch_entries_that_fail_fail_alone(day: Day) -> None:
     with day.service() as service:
-        assert service.ask(post()).status == 200
+        assert service.request(post()).status == 200
         day.fake.forget()
         day.fake.set(faults={"SendMessageBatch": {"kind": "fail_entries", "share": 0.1}})
         with Load(service.port, requests=10_000 if day.full else 1000) as load:
@@ -192,7 +183,7 @@ def test_sqs_that_hangs_is_refused_at_once(day: Day) -> None:
 
 def test_single_calls_that_hang_refuse_nobody_else(day: Day) -> None:
     with day.service() as service:
-        eventually(lambda: service.ask(post()).status == 200)
+        eventually(lambda: service.request(post()).status == 200)
         day.fake.forget()
         fault = {"kind": "hang", "share": 0.01}
         day.fake.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
@@ -218,7 +209,7 @@ SQS_FAULTS = {
 }
 
 
-def test_sqs_that_misbehaves_for_a_while_loses_nothing(service: Service, day: Day) -> None:
+def test_sqs_that_misbehaves_for_a_while_loses_nothing(service: ServiceProcess, day: Day) -> None:
     for name, fault in SQS_FAULTS.items():
         day.fake.forget()
         with Load(service.port, clients=16) as load:
@@ -268,7 +259,7 @@ def test_silent_name_servers_are_refused_at_once(day: Day, name_server: NameServ
             client.send(post())
             eventually(lambda: name_server.asked > asked or day.fake.counts()["calls"] != calls)
             ended = service.stop()
-            assert client.answer().status == 503
+            assert client.response().status == 503
     notes = (
         f"first 503 after {first:.1f} s, /health {health:.1f} s; 64 served {served:.1f} s after "
         f"they were back; stopped in {ended:.1f} s"
@@ -283,7 +274,7 @@ def test_queue_that_hangs_at_the_start_is_refused_to_all(day: Day) -> None:
             load.wait()
         calls, slowest = day.sends(), max(seconds for _, seconds, _ in load.answers)
         day.fake.set(faults={})
-        eventually(lambda: service.ask(post()).status == 200)
+        eventually(lambda: service.request(post()).status == 200)
     day.note("SQS hangs at the start", f"503 to all within {slowest:.1f} s, after {calls} calls")
     assert load.statuses == {503: 64}
     assert calls <= 32, "most are refused without a call of their own"
@@ -302,13 +293,13 @@ def test_aws_out_of_reach_at_the_start_is_named_by_ready(
         eventually(lambda: failed in service.get("/ready").json.get("message", ""))
         eventually(lambda: service.get("/ready").error == error)
         # A queue whose limit is not known takes messages all the same.
-        answer = service.ask(post())
+        answer = service.request(post())
         assert answer.status == 200 or answer.error == error == "token_store_unavailable"
         assert service.get("/health").status == 200
         assert bool(service.metrics()[TOKEN_READ]) == (operation != "GetParameters")
         day.fake.set(faults={})
         begin = time.monotonic()
-        eventually(lambda: service.ask(post()).status == 200)
+        eventually(lambda: service.request(post()).status == 200)
         eventually(lambda: service.get("/ready").status == 200)
         seconds = time.monotonic() - begin
         day.fake.set(faults={"*": {"kind": "hang"}})
@@ -391,10 +382,10 @@ def test_credentials_that_do_not_come_hold_no_request(day: Day, tmp_path: Path) 
                     assert service.get("/health").status == 200
                     health = time.monotonic() - begin
                     assert health < HANG
-                    assert client.answer().error == "token_store_unavailable"
+                    assert client.response().error == "token_store_unavailable"
                 seconds = time.monotonic() - begin
                 sts.answers.set()
-                eventually(lambda: service.ask(post()).status == 200)
+                eventually(lambda: service.request(post()).status == 200)
         finally:
             sts.answers.set()
             sts.shutdown()
@@ -408,9 +399,9 @@ def test_rotated_token_works_at_once(day: Day) -> None:
         time.sleep(1.2)  # a worker asks at most once in a second
         day.fake.set(parameters={PARAMETER: "the new one"})
         rotated = time.monotonic()
-        new = [service.ask(post(with_token("the new one"))).status for _ in range(20)]
+        new = [service.request(post(with_token("the new one"))).status for _ in range(20)]
         for _ in range(20):  # until each worker has seen that the old one is gone
-            eventually(lambda: service.ask(post()).status == 401)
+            eventually(lambda: service.request(post()).status == 401)
         seconds = time.monotonic() - rotated
     day.note("token rotated", f"new: {new.count(200)} of 20; old: refused after {seconds:.1f} s")
     assert new == [200] * 20
@@ -422,17 +413,17 @@ def test_rotation_with_two_parameters_refuses_nobody(day: Day) -> None:
     with day.service(ONE, names) as service, Load(service.port, clients=8) as old:
         old.wait_for(8)
         day.fake.set(parameters={"/token/a": TOKEN, "/token/b": "the new one"})
-        eventually(lambda: service.ask(post(with_token("the new one"))).status == 200)
+        eventually(lambda: service.request(post(with_token("the new one"))).status == 200)
         with Load(service.port, clients=8, body=with_token("the new one")) as new:
             new.wait_for(64)
             old.stop()
             day.fake.set(parameters={"/token/a": "gone", "/token/b": "the new one"})
-            eventually(lambda: service.ask(post()).status == 401)
+            eventually(lambda: service.request(post()).status == 401)
             new.wait_for(64)
     day.ledger("token rotated with two parameters", old, new, statuses={200})
 
 
-def test_flood_of_wrong_tokens_leaves_ssm_alone(service: Service, day: Day) -> None:
+def test_flood_of_wrong_tokens_leaves_ssm_alone(service: ServiceProcess, day: Day) -> None:
     begin = time.monotonic()
     with (
         Load(service.port, clients=32, body=with_token("wrong")) as flood,
@@ -472,7 +463,7 @@ def test_slow_bodies_end_at_the_deadline(day: Day) -> None:
             with Load(service.port, clients=40, requests=400) as others:
                 others.wait()
             served = time.monotonic() - begin
-            answers = [client.answer() for client, _ in slow]
+            answers = [client.response() for client, _ in slow]
             gone = time.monotonic() - begin
         finally:
             done.set()
@@ -486,7 +477,7 @@ def test_slow_bodies_end_at_the_deadline(day: Day) -> None:
     assert others.statuses == {200: others.sent}
 
 
-def longest_health(service: Service, times: int = 20) -> float:
+def longest_health(service: ServiceProcess, times: int = 20) -> float:
     """Seconds; each on a connection of its own, as a probe makes it."""
     longest = 0.0
     for _ in range(times):
@@ -539,7 +530,7 @@ def test_slow_readers_hold_no_thread_and_are_closed(day: Day) -> None:
     with day.service(ONE, variables) as service, service.connect(buffer=4096) as slow:
         assert slow.send(ask).sock.recv(2048).startswith(b"HTTP/1.1 200")
         begin = time.monotonic()
-        whole = len(service.ask(ask).body)
+        whole = len(service.request(ask).body)
         others = time.monotonic() - begin
         taken = 0
         with suppress(ConnectionResetError):
@@ -561,12 +552,12 @@ def test_sigterm_under_load_answers_what_was_begun(day: Day, held_back: bool) ->
     loads, seconds = [], []
     for _ in range(10 if day.full else 1):
         with day.service() as service, service.connect() as idle:
-            assert idle.send(request_head("GET", "/health")).answer().status == 200
+            assert idle.send(request_head("GET", "/health")).response().status == 200
             with Load(service.port, hold_new_connections=held_back) as load:
                 load.wait_for(128)
                 seconds.append(service.stop())
         loads.append(load)
-    ledger = Ledger.of(day.fake, *loads)
+    ledger = LoadReport.of(day.fake, *loads)
     title = f"SIGTERM under load{' after new connections were held back' * held_back}"
     day.note(title, ledger, f"exit within {max(seconds):.1f} s")
     assert set(ledger.statuses) == {200}
@@ -581,7 +572,7 @@ def test_sigterm_under_load_answers_what_was_begun(day: Day, held_back: bool) ->
 class Scrapes:
     """`with` it, /metrics is read again and again, on a new connection as by Prometheus."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: ServiceProcess) -> None:
         self.service = service
         self.answered = self.unanswered = 0
         self.fallen: list[str] = []  # counters that were smaller than the time before
@@ -623,7 +614,9 @@ DURATIONS = "email_processor_request_duration_seconds_count"
 MESSAGES = "email_processor_sqs_batch_size_sum"
 
 
-def test_killed_workers_lose_nothing_acknowledged_or_counted(service: Service, day: Day) -> None:
+def test_killed_workers_lose_nothing_acknowledged_or_counted(
+    service: ServiceProcess, day: Day
+) -> None:
     """What a client was answered was counted, and nothing that no client has asked for.
 
     Between the two are the requests that a killed worker had under way: their answers were counted
@@ -645,7 +638,7 @@ def test_killed_workers_lose_nothing_acknowledged_or_counted(service: Service, d
             eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
         right.wait_for(64)
         scrapes.wait_for(2)
-    after, ledger = service.metrics(), Ledger.of(day.fake, right)
+    after, ledger = service.metrics(), LoadReport.of(day.fake, right)
     with Load(service.port, requests=400) as calm:
         calm.wait()
     end = service.metrics()
@@ -697,7 +690,7 @@ def fuzzed(chance: random.Random) -> bytes:
     return request
 
 
-def test_fuzzed_requests_end_no_worker(service: Service, day: Day) -> None:
+def test_fuzzed_requests_end_no_worker(service: ServiceProcess, day: Day) -> None:
     number, before = 100_000 if day.full else 2000, service.workers()
 
     def send(seed: int) -> Counter[str]:

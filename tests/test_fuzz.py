@@ -14,7 +14,8 @@ from typing import Any
 
 import schemathesis
 from botocore.exceptions import ClientError
-from conftest import BODY, DATA, TOKEN, Answer
+from client import BODY, DATA, Response
+from fake_aws import TOKEN
 from gunicorn.config import Config
 from gunicorn.http.parser import RequestParser
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -75,7 +76,7 @@ def ask(
     path: str = "/process",
     headers: Mapping[str, str] = JSON,
     body: bytes = b"",
-) -> Answer:
+) -> Response:
     """The service's answer, which has the shape that every answer must have. The environment is
     made as a server makes it of the request's bytes: no client stands between that would refuse,
     quote or complete anything."""
@@ -87,7 +88,7 @@ def ask(
         environ[variable if variable.startswith("CONTENT_") else f"HTTP_{variable}"] = value
     AWS.sent.clear()
     parts, status_line, answered = run_wsgi_app(SERVICE, environ, buffered=True)
-    answer = Answer(int(status_line.split()[0]), {**answered}, b"".join(parts)).check()
+    answer = Response(int(status_line.split()[0]), {**answered}, b"".join(parts)).check()
     assert answer.status < 500, answer.body
     assert bool(AWS.sent) == (answer.status == 200 and path == "/process")
     return answer
@@ -161,7 +162,7 @@ def exact(text: str) -> Any:
     return json.loads(text, parse_int=lambda n: (int, n), parse_float=lambda n: (float, n))
 
 
-def send(document: Any) -> Answer:
+def send(document: Any) -> Response:
     return ask(body=json.dumps(document).encode())
 
 

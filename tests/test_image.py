@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, Client, eventually, free_port, post, request_head
+from client import Client, post, request_head
 from fake_aws import FakeAws
-from load import Ledger, Load
+from load import Load, LoadReport
+from service import PROJECT, eventually, free_port
 
 IMAGE = "email-processor:test"
 FILES = {"app.py", "gunicorn.conf.py", "openapi.yaml", "tracing.py", "worker.py"}
@@ -62,10 +63,10 @@ def image() -> str:
 
 
 @contextmanager
-def running(image: str, fake: FakeAws) -> Iterator[tuple[str, int, float]]:
+def running(image: str, fake_aws: FakeAws) -> Iterator[tuple[str, int, float]]:
     """A container that answers /health: its name, its port, and the seconds that it took."""
     port, begin = free_port(), time.monotonic()
-    variables = {**fake.environment(), "PORT": str(port)}
+    variables = {**fake_aws.variables(), "PORT": str(port)}
     variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     settings = [word for pair in variables.items() for word in ("--env", "=".join(pair))]
     name = docker("run", "--detach", "--network", "host", *RESTRICTIONS, *settings, image)
@@ -73,7 +74,7 @@ def running(image: str, fake: FakeAws) -> Iterator[tuple[str, int, float]]:
     def is_healthy() -> bool:
         try:
             with Client(port) as client:
-                return client.send(request_head("GET", "/health")).answer().status == 200
+                return client.send(request_head("GET", "/health")).response().status == 200
         except OSError:
             return False
 
@@ -97,7 +98,7 @@ def test_image_is_small_with_gunicorn_as_uid_1000(image: str) -> None:
     assert not found["Config"].get("Healthcheck")
 
 
-def test_image_names_the_commit_that_it_was_built_from(image: str, fake: FakeAws) -> None:
+def test_image_names_the_commit_that_it_was_built_from(image: str, fake_aws: FakeAws) -> None:
     prefix = "org.opencontainers.image."
     assert inspect(image)["Config"]["Labels"] == {
         f"{prefix}revision": IDENTITY["COMMIT"],
@@ -105,13 +106,13 @@ def test_image_names_the_commit_that_it_was_built_from(image: str, fake: FakeAws
         f"{prefix}source": IDENTITY["SOURCE"],
     }
     for built, commit in (image, IDENTITY["COMMIT"]), (build(COMMIT="another"), "another"):
-        with running(built, fake) as (name, port, _), Client(port) as client:
-            assert client.send(request_head("GET", "/")).answer().json["commit"] == commit
+        with running(built, fake_aws) as (name, port, _), Client(port) as client:
+            assert client.send(request_head("GET", "/")).response().json["commit"] == commit
             assert json.loads(docker("logs", name).splitlines()[0])["commit"] == commit
     command = ("docker", "build", "--quiet", str(PROJECT))
     plain = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    with running(plain, fake) as (_, port, _), Client(port) as client:
-        assert client.send(request_head("GET", "/")).answer().json["commit"] == "unknown"
+    with running(plain, fake_aws) as (_, port, _), Client(port) as client:
+        assert client.send(request_head("GET", "/")).response().json["commit"] == "unknown"
 
 
 def test_each_build_of_a_commit_gives_the_same_image(image: str, tmp_path: Path) -> None:
@@ -131,8 +132,10 @@ def test_image_holds_nothing_but_the_application(image: str) -> None:
     assert docker("run", "--rm", image, *nothing) == "", "writable by others than root"
 
 
-def test_container_serves_within_its_restrictions(image: str, fake: FakeAws, figures: Any) -> None:
-    with running(image, fake) as (name, port, seconds):
+def test_container_serves_within_its_restrictions(
+    image: str, fake_aws: FakeAws, figures: Any
+) -> None:
+    with running(image, fake_aws) as (name, port, seconds):
         with Load(port, clients=8, requests=200) as load:
             load.wait()
         used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", name).split("MiB")[0]
@@ -146,11 +149,11 @@ def test_container_serves_within_its_restrictions(image: str, fake: FakeAws, fig
     assert [line["level"] for line in lines if line["level"] not in ("INFO", "WARNING")] == []
 
 
-def test_docker_stop_under_load_loses_nothing(image: str, fake: FakeAws, figures: Any) -> None:
-    with running(image, fake) as (name, port, _):
+def test_docker_stop_under_load_loses_nothing(image: str, fake_aws: FakeAws, figures: Any) -> None:
+    with running(image, fake_aws) as (name, port, _):
         with Client(port) as client:
-            assert client.send(post()).answer().status == 200
-        fake.forget()
+            assert client.send(post()).response().status == 200
+        fake_aws.forget()
         with Load(port) as load:
             load.wait_for(128)
             begin = time.monotonic()
@@ -158,7 +161,7 @@ def test_docker_stop_under_load_loses_nothing(image: str, fake: FakeAws, figures
             seconds = time.monotonic() - begin
             load.stop()
         code = docker("inspect", "--format", "{{.State.ExitCode}}", name)
-    ledger = Ledger.of(fake, load)
+    ledger = LoadReport.of(fake_aws, load)
     figures("docker stop under load", ledger, f"exit after {seconds:.1f} s")
     assert code == "0"
     assert seconds < 25, "Gunicorn had to kill its workers"

@@ -7,18 +7,9 @@ import re
 from typing import Any
 
 import pytest
-from conftest import (
-    BODY,
-    DATA,
-    PARAMETER,
-    PROJECT,
-    TOKEN,
-    StartService,
-    eventually,
-    post,
-    post_head,
-)
-from fake_aws import FakeAws
+from client import BODY, DATA, post, post_head
+from fake_aws import PARAMETER, TOKEN, FakeAws
+from service import PROJECT, StartService, eventually
 from test_documentation import page, table
 
 import app
@@ -29,25 +20,25 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def observed(start_service: StartService, fake_process: FakeAws) -> tuple[list[Record], str]:
+def observed(start_service: StartService, fake_aws_process: FakeAws) -> tuple[list[Record], str]:
     """A service that has had good and bad minutes: its log as CloudWatch has it, its /metrics."""
     settings = {"GUNICORN_WORKERS": "1", "TOKEN_CACHE_SECONDS": "1"}
     wrong = json.dumps({"data": {**DATA, "email_subject": ""}, "token": TOKEN}).encode()
     marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # first sent, then not
     throttled = {"kind": "error", "status": 400, "code": "ThrottlingException"}
-    fake_process.set(latency_ms=2, faults={}, parameters={PARAMETER: TOKEN})
-    with start_service(**fake_process.environment(), **settings) as service:
+    fake_aws_process.set(latency_ms=2, faults={}, parameters={PARAMETER: TOKEN})
+    with start_service(**fake_aws_process.variables(), **settings) as service:
         eventually(lambda: service.get("/ready").status == 200)
-        assert service.ask(post(wrong)).error == "invalid_data"
-        assert service.ask(post(b'{"token": "wrong"}')).error == "invalid_token"
+        assert service.request(post(wrong)).error == "invalid_data"
+        assert service.request(post(b'{"token": "wrong"}')).error == "invalid_token"
         assert service.get("/nowhere").error == "not_found"
-        assert service.ask(post_head("Content-Length: 0")).error == "invalid_json"
-        assert service.ask(marked).status == 200
-        fake_process.set(faults={"*": throttled})
-        assert service.ask(marked).error == "queue_unavailable"
+        assert service.request(post_head("Content-Length: 0")).error == "invalid_json"
+        assert service.request(marked).status == 200
+        fake_aws_process.set(faults={"*": throttled})
+        assert service.request(marked).error == "queue_unavailable"
 
         def token_not_read() -> bool:
-            service.ask(post())
+            service.request(post())
             return any("token not read" in line["message"] for line in service.log())
 
         eventually(token_not_read)

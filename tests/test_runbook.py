@@ -12,8 +12,8 @@ import boto3
 import botocore.session
 import pytest
 from botocore.exceptions import ClientError
-from conftest import PROJECT, environment
 from fake_aws import FakeAws
+from service import PROJECT, clean_environment
 from test_deploy import emulator
 from test_documentation import page
 
@@ -144,16 +144,16 @@ NO_TOKEN_FILE = {
 def test_cause_of_the_log_leads_to_its_row(
     fault: dict[str, Any],
     word: str,
-    fake: FakeAws,
+    fake_aws: FakeAws,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     variables = {} if "kind" in fault else fault
-    for name, value in {**fake.environment(), **variables}.items():
+    for name, value in {**fake_aws.variables(), **variables}.items():
         monkeypatch.setenv(name, value)
     if "kind" in fault:
-        fake.set(faults={"SQS": fault})
-    settings = app.Settings(sqs_queue_url=fake.queue_url)
+        fake_aws.set(faults={"SQS": fault})
+    settings = app.Settings(sqs_queue_url=fake_aws.queue_url)
     app.create_app(settings).publisher.read_limit()
     (line,) = [vars(record) for record in caplog.records if record.message == "queue not reached"]
     assert row_of(line["cause"]) == row_of(word), line["cause"]
@@ -168,7 +168,7 @@ needs_aws = pytest.mark.skipif(shutil.which("aws") is None, reason="the AWS CLI 
 def run(commands: str, **variables: str) -> None:
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
-        env=environment(NO_PROXY="127.0.0.1", **variables),
+        env=clean_environment(NO_PROXY="127.0.0.1", **variables),
         capture_output=True,
         text=True,
         input="the clients' token\n",

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from conftest import (
+from fake_aws import TOKEN
+from service import (
     PROJECT,
-    TOKEN,
     WAIT,
-    Service,
+    ServiceProcess,
     children,
     eventually,
     free_port,
@@ -77,7 +77,7 @@ def only(folder: Path, *commands: str) -> str:
 # --- python app.py --------------------------------------------------------------------------------
 
 
-class LocalServer(Service):
+class LocalServer(ServiceProcess):
     """`python app.py` with the embedded AWS, started from another folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_local_server_stops_though_nobody_reads_its_output(tmp_path: Path) -> No
             os.write(writer, b"x")
     server = LocalServer(tmp_path)
     server.command = ["sh", "-c", f'exec "$@" >"{pipe}"', "sh", *server.command]
-    Service.__enter__(server)  # without its output
+    ServiceProcess.__enter__(server)  # without its output
     server.stop()
     assert server.process.returncode == 0
     os.close(reader)

@@ -16,29 +16,22 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from conftest import (
-    BODY,
-    DATA,
+from client import BODY, DATA, Client, chunk, post, post_head, request_head
+from conftest import Aws
+from fake_aws import TOKEN, FakeAws
+from prometheus_client import REGISTRY
+from service import (
     PROJECT,
-    TOKEN,
     WAIT,
-    Aws,
-    Client,
-    Service,
+    ServiceProcess,
     StartService,
-    chunk,
-    environment,
+    clean_environment,
     eventually,
     gunicorn,
     has_booted,
     kill,
     metrics_folder,
-    post,
-    post_head,
-    request_head,
 )
-from fake_aws import FakeAws
-from prometheus_client import REGISTRY
 
 import app
 
@@ -49,14 +42,14 @@ CHUNKED = "Transfer-Encoding: chunked"
 
 
 @pytest.fixture(scope="module")
-def service(start_service: StartService) -> Iterator[Service]:
+def service(start_service: StartService) -> Iterator[ServiceProcess]:
     """The defaults, 4 workers with 2 threads each; but a deadline that no test waits for."""
     with start_service(BODY_TIMEOUT_SECONDS="60") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def hasty(start_service: StartService) -> Iterator[Service]:
+def hasty(start_service: StartService) -> Iterator[ServiceProcess]:
     """The same with a body deadline of a second."""
     with start_service(BODY_TIMEOUT_SECONDS=str(DEADLINE)) as service:
         yield service
@@ -65,9 +58,9 @@ def hasty(start_service: StartService) -> Iterator[Service]:
 # --- The way into the queue -----------------------------------------------------------------------
 
 
-def test_post_that_is_200_is_in_the_queue(service: Service, aws: Aws) -> None:
+def test_post_that_is_200_is_in_the_queue(service: ServiceProcess, aws: Aws) -> None:
     aws.receive()
-    answer = service.ask(post(BODY, "X-Request-Id: r-1", "Idempotency-Key: k-1"))
+    answer = service.request(post(BODY, "X-Request-Id: r-1", "Idempotency-Key: k-1"))
     assert answer.status == 200
     (message,) = aws.receive()
     assert message["MessageId"] == answer.json["message_id"]
@@ -84,9 +77,9 @@ def test_post_that_is_200_is_in_the_queue(service: Service, aws: Aws) -> None:
 # --- Bodies ---------------------------------------------------------------------------------------
 
 
-def test_chunked_body_is_200(service: Service) -> None:
+def test_chunked_body_is_200(service: ServiceProcess) -> None:
     parts = [chunk(BODY[start : start + 7]) for start in range(0, len(BODY), 7)]
-    assert service.ask(post_head(CHUNKED), *parts, chunk(b"")).status == 200
+    assert service.request(post_head(CHUNKED), *parts, chunk(b"")).status == 200
 
 
 OVERSIZED = {
@@ -98,9 +91,9 @@ OVERSIZED = {
 
 
 @pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED)
-def test_oversized_body_is_413_before_it_is_sent(service: Service, sent: bytes) -> None:
+def test_oversized_body_is_413_before_it_is_sent(service: ServiceProcess, sent: bytes) -> None:
     with service.connect() as client:
-        answer = client.send(sent).answer()
+        answer = client.send(sent).response()
         assert (answer.status, answer.error) == (413, "request_too_large")
         assert answer.headers["Connection"] == "close"
         assert client.is_closed()
@@ -108,24 +101,24 @@ def test_oversized_body_is_413_before_it_is_sent(service: Service, sent: bytes) 
 
 @pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED)
 def test_client_that_sends_a_whole_oversized_body_gets_its_413(
-    service: Service, sent: bytes
+    service: ServiceProcess, sent: bytes
 ) -> None:
     """It reads only when it has sent everything."""
     with service.connect(buffer=65_536) as client:
         client.send(sent)
         for _ in range(20):
             client.send(b" " * 1_000_000)
-        assert client.answer().status == 413
+        assert client.response().status == 413
 
 
-def test_body_of_the_limit_is_read_whole(service: Service) -> None:
+def test_body_of_the_limit_is_read_whole(service: ServiceProcess) -> None:
     body = BODY.ljust(LIMIT)
     whole = post(body), post_head(CHUNKED) + chunk(body) + chunk(b"")
     most_chunks = BODY[:-1].ljust(9_999) + BODY[-1:]
     for sent in (*whole, post_head(CHUNKED) + b"".join(chunk(bytes([c])) for c in most_chunks)):
         with service.connect() as client:
             client.send(sent, b"" if sent in whole else chunk(b""))
-            assert client.answer().status == 200
+            assert client.response().status == 200
 
 
 EXPECT = "Expect: 100-continue"
@@ -140,7 +133,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
     ],
     ids=["length", "chunked"],
 )
-def test_expectation_is_answered_once(service: Service, head: bytes, body: bytes) -> None:
+def test_expectation_is_answered_once(service: ServiceProcess, head: bytes, body: bytes) -> None:
     with service.connect() as client:
         client.send(head)
         assert client.is_continued()
@@ -149,7 +142,7 @@ def test_expectation_is_answered_once(service: Service, head: bytes, body: bytes
         assert client.rest().startswith(b"HTTP/1.1 200")
     with service.connect() as client:  # whose request has the length that was promised
         client.send(post(), head)
-        assert client.answer().status == 200
+        assert client.response().status == 200
         assert client.is_continued()
         assert client.send(body).rest().startswith(b"HTTP/1.1 200")
 
@@ -168,7 +161,7 @@ def test_expectation_is_answered_once(service: Service, head: bytes, body: bytes
     ids=["oversized", "two lengths", "unknown", "unknown and known", "with its body", "HTTP/1.0"],
 )
 def test_expectation_of_a_body_that_is_not_awaited_gets_no_100(
-    service: Service, sent: bytes
+    service: ServiceProcess, sent: bytes
 ) -> None:
     with service.connect() as client:
         client.send(sent).sock.shutdown(socket.SHUT_WR)
@@ -176,9 +169,9 @@ def test_expectation_of_a_body_that_is_not_awaited_gets_no_100(
 
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloX\r\n0\r\n\r\n"])
-def test_malformed_chunks_end_the_connection(service: Service, rest: bytes) -> None:
+def test_malformed_chunks_end_the_connection(service: ServiceProcess, rest: bytes) -> None:
     with service.connect() as client:
-        answer = client.send(post_head(CHUNKED), rest).answer()
+        answer = client.send(post_head(CHUNKED), rest).response()
         assert (answer.status, answer.error) == (400, "invalid_json")
         assert answer.headers["Connection"] == "close"
         assert client.is_closed()
@@ -187,10 +180,10 @@ def test_malformed_chunks_end_the_connection(service: Service, rest: bytes) -> N
 @pytest.mark.parametrize(
     "sent", [post_head("Content-Length: 1000") + BODY, post_head(CHUNKED) + chunk(BODY)]
 )
-def test_body_that_ends_early_is_400_not_408(service: Service, sent: bytes) -> None:
+def test_body_that_ends_early_is_400_not_408(service: ServiceProcess, sent: bytes) -> None:
     with service.connect() as client:
         client.send(sent).sock.shutdown(socket.SHUT_WR)
-        assert client.answer().error == "invalid_json"
+        assert client.response().error == "invalid_json"
 
 
 # --- Body deadline --------------------------------------------------------------------------------
@@ -209,13 +202,13 @@ STALLED = {
 
 
 @pytest.mark.parametrize("sent", STALLED.values(), ids=STALLED)
-def test_stalled_body_is_answered_at_the_deadline(hasty: Service, sent: bytes) -> None:
+def test_stalled_body_is_answered_at_the_deadline(hasty: ServiceProcess, sent: bytes) -> None:
     with hasty.connect() as client:
         begin = time.monotonic()
         client.send(sent)
         if sent.startswith(post()):
-            assert client.answer().status == 200
-        answer = client.answer()
+            assert client.response().status == 200
+        answer = client.response()
         assert DEADLINE - 0.1 <= time.monotonic() - begin < LONGEST
         assert answer.error == "request_timeout"
         assert answer.headers["Connection"] == "close"
@@ -232,16 +225,16 @@ def test_stalled_body_is_answered_at_the_deadline(hasty: Service, sent: bytes) -
     ids=["length", "chunked", "wrong path"],
 )
 def test_trickled_body_ends_at_the_deadline(
-    hasty: Service, head: bytes, part: bytes, status: int
+    hasty: ServiceProcess, head: bytes, part: bytes, status: int
 ) -> None:
     with hasty.connect() as client:
         begin = time.monotonic()
-        assert client.send(head).trickle(part).answer().status == status
+        assert client.send(head).trickle(part).response().status == status
         assert DEADLINE - 0.1 <= time.monotonic() - begin < LONGEST
 
 
 @pytest.mark.parametrize("part", [b"", b"x"], ids=["stalled", "trickled"])
-def test_head_that_does_not_end_closes_the_connection(hasty: Service, part: bytes) -> None:
+def test_head_that_does_not_end_closes_the_connection(hasty: ServiceProcess, part: bytes) -> None:
     with hasty.connect() as client:
         begin = time.monotonic()
         client.send(b"POST /process HTTP/1.1\r\nHost: ").trickle(part)
@@ -252,7 +245,7 @@ def test_head_that_does_not_end_closes_the_connection(hasty: Service, part: byte
 # --- Connections ----------------------------------------------------------------------------------
 
 
-def test_silent_connections_hold_no_thread(service: Service) -> None:
+def test_silent_connections_hold_no_thread(service: ServiceProcess) -> None:
     """If they did, each would have to be closed at its deadline before anything is answered."""
     with ExitStack() as stack:
         silent = [stack.enter_context(service.connect()).sock for _ in range(24)]
@@ -260,20 +253,20 @@ def test_silent_connections_hold_no_thread(service: Service) -> None:
         assert select.select(silent, [], [], 0)[0] == []
 
 
-def test_body_has_its_whole_time_after_a_silence(hasty: Service) -> None:
+def test_body_has_its_whole_time_after_a_silence(hasty: ServiceProcess) -> None:
     def status_after_silence() -> int:
         with hasty.connect() as client:
             time.sleep(2 * DEADLINE)
             client.send(post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue"))
             assert client.is_continued()
             time.sleep(DEADLINE / 2)
-            return client.send(BODY).answer().status
+            return client.send(BODY).response().status
 
     # A machine may stand still for a second, but not each time.
     assert 200 in (status_after_silence() for _ in range(3))
 
 
-def test_connection_serves_on_after_every_kind_of_answer(service: Service) -> None:
+def test_connection_serves_on_after_every_kind_of_answer(service: ServiceProcess) -> None:
     requests = {
         post(): 200,
         post(b"{"): 400,
@@ -285,13 +278,13 @@ def test_connection_serves_on_after_every_kind_of_answer(service: Service) -> No
     }
     with service.connect() as client:
         for sent, status in requests.items():
-            answer = client.send(sent).answer()
+            answer = client.send(sent).response()
             assert answer.status == status
             assert answer.headers["Connection"] == "keep-alive"
 
 
 @pytest.mark.parametrize("size", [7, 300, 10_000])
-def test_pipelined_requests_are_answered_in_order(service: Service, size: int) -> None:
+def test_pipelined_requests_are_answered_in_order(service: ServiceProcess, size: int) -> None:
     """Also behind messages that wait for SQS, whose thread is free meanwhile."""
     health, nothing = request_head("GET", "/health"), request_head("GET", "/nothing")
     chunked = post_head(CHUNKED) + chunk(BODY) + chunk(b"")
@@ -300,51 +293,51 @@ def test_pipelined_requests_are_answered_in_order(service: Service, size: int) -
     with service.connect() as client:
         for start in range(0, len(stream), size):
             client.send(stream[start : start + size])
-        answers = [client.answer() for _ in sent]
+        answers = [client.response() for _ in sent]
     assert [answer.status for answer in answers] == [400, 200, 200, 200, 404, 200, 200, 404]
     assert [n for n, answer in enumerate(answers) if "message_id" in answer.json] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_line_break_behind_a_body_begins_no_request(hasty: Service, together: bool) -> None:
+def test_line_break_behind_a_body_begins_no_request(hasty: ServiceProcess, together: bool) -> None:
     """It would have to be complete by the deadline of a body."""
     with hasty.connect() as client:
         client.send(post() + b"\r\n" * together)
-        assert client.answer().status == 200
+        assert client.response().status == 200
         client.send(b"\r\n" * (not together))
         assert not client.is_closed(2 * DEADLINE)
     with hasty.connect() as client:
         client.send(post(), b"\r\n", request_head("GET", "/health"))
-        assert [client.answer().status for _ in range(2)] == [200, 200]
+        assert [client.response().status for _ in range(2)] == [200, 200]
 
 
 @pytest.mark.parametrize("options", ["close", "TE, close", "keep-alive, close", "Close ,TE"])
 @pytest.mark.parametrize("path", ["/process", "/health"])
 def test_connection_closes_when_the_client_asks_for_it(
-    service: Service, options: str, path: str
+    service: ServiceProcess, options: str, path: str
 ) -> None:
     with service.connect() as client:
-        answer = client.send(post(BODY, f"Connection: {options}", path=path)).answer()
+        answer = client.send(post(BODY, f"Connection: {options}", path=path)).response()
         assert answer.headers["Connection"] == "close"
         assert client.is_closed()
 
 
 @pytest.mark.parametrize(("options", "closes"), [("", True), ("Connection: keep-alive", False)])
 def test_http_1_0_is_answered_and_closed_unless_kept_alive(
-    service: Service, options: str, closes: bool
+    service: ServiceProcess, options: str, closes: bool
 ) -> None:
     with service.connect() as client:
         client.send(post(BODY, options or "A: b").replace(b" HTTP/1.1", b" HTTP/1.0"))
-        answer = client.answer()
+        answer = client.response()
         assert (answer.status, answer.headers["Connection"] == "close") == (200, closes)
-        assert client.is_closed() if closes else client.send(post()).answer().status == 200
+        assert client.is_closed() if closes else client.send(post()).response().status == 200
 
 
-def test_rest_behind_a_short_length_is_not_logged(service: Service) -> None:
+def test_rest_behind_a_short_length_is_not_logged(service: ServiceProcess) -> None:
     with service.connect() as client:
         client.send(post_head("Content-Length: 2"), b'{}"token": "SECRET-token"\r\n\r\n')
-        assert client.answer().status == 401
-        refused = client.answer()
+        assert client.response().status == 401
+        refused = client.response()
         assert refused.status == 400
     eventually(lambda: str(refused.headers["X-Request-Id"]) in service.output())
     assert "SECRET" not in service.output()
@@ -369,10 +362,10 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("what", UNREADABLE)
-def test_what_is_no_http_is_refused_in_json(service: Service, what: str) -> None:
+def test_what_is_no_http_is_refused_in_json(service: ServiceProcess, what: str) -> None:
     with service.connect() as client:
         begin = time.monotonic()
-        answer = client.send(UNREADABLE[what]).answer()
+        answer = client.send(UNREADABLE[what]).response()
         assert time.monotonic() - begin < LONGEST, "it has waited for a body"
         assert answer.error == ("request_too_large" if "too" in what else "invalid_json")
         assert answer.headers["Connection"] == "close"
@@ -390,13 +383,13 @@ ODD = {
 
 
 @pytest.mark.parametrize("sent", ODD.values(), ids=ODD)
-def test_odd_but_well_formed_request_is_200(service: Service, sent: bytes) -> None:
-    assert service.ask(sent).status == 200
+def test_odd_but_well_formed_request_is_200(service: ServiceProcess, sent: bytes) -> None:
+    assert service.request(sent).status == 200
 
 
 @pytest.mark.parametrize("target", ["/%ff%00", "*"])
-def test_unknown_target_is_404(service: Service, target: str) -> None:
-    assert service.ask(request_head("OPTIONS", target)).error == "not_found"
+def test_unknown_target_is_404(service: ServiceProcess, target: str) -> None:
+    assert service.request(request_head("OPTIONS", target)).error == "not_found"
 
 
 # --- Logs and metrics -----------------------------------------------------------------------------
@@ -405,8 +398,8 @@ def test_unknown_target_is_404(service: Service, target: str) -> None:
 def test_every_line_of_output_is_json_without_secrets(start_service: StartService) -> None:
     with start_service(LOG_LEVEL="DEBUG") as service:
         service.get("/health")
-        service.ask(post())
-        service.ask(post(b"{"))
+        service.request(post())
+        service.request(post(b"{"))
         eventually(lambda: [line for line in service.log() if line.get("status") == 400])
         eventually(lambda: {line["level"] for line in service.log()} == {"DEBUG", "INFO"})
         # Gunicorn logs it as an error.
@@ -461,10 +454,10 @@ ACCEPTED = [f'email_processor_tokens_accepted_total{{parameter="{name}"}}' for n
 BUILD_INFO = f'email_processor_build_info{{commit="{app.COMMIT}",version="{app.VERSION}"}}'
 
 
-def test_metrics_are_those_of_all_workers_together(service: Service) -> None:
+def test_metrics_are_those_of_all_workers_together(service: ServiceProcess) -> None:
     before = service.metrics()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: service.ask(post(b"{")), range(40)))
+        answers = list(pool.map(lambda _: service.request(post(b"{")), range(40)))
     assert {answer.status for answer in answers} == {400}
     assert service.metrics()[REFUSED] - before[REFUSED] == 40
 
@@ -489,7 +482,7 @@ def test_metrics_begin_with_every_series_at_nought(
             counted = {name for name, value in metrics.items() if value}
             assert counted <= {ANSWERED, READ, READ_AT, BUILD_INFO}
             assert [metrics[name] for name in ACCEPTED] == [0, 0]
-            assert service.ask(post(b"{")).status == 400
+            assert service.request(post(b"{")).status == 400
             assert service.metrics()[REFUSED] == 1
         (folder / "counter_4711.db").write_bytes(b"of an older version")
         (folder / "notes.txt").write_text("somebody's own")
@@ -497,14 +490,14 @@ def test_metrics_begin_with_every_series_at_nought(
 
 
 def test_worker_that_ends_takes_its_gauges_alone(
-    start_service: StartService, fake: FakeAws
+    start_service: StartService, fake_aws: FakeAws
 ) -> None:
-    fake.set(faults={"SendMessage": {"kind": "reset"}})
+    fake_aws.set(faults={"SendMessage": {"kind": "reset"}})
     begin, circuits = time.time(), "email_processor_sqs_circuits_open"
-    with start_service(**fake.environment(), **ONE) as service:
+    with start_service(**fake_aws.variables(), **ONE) as service:
 
         def is_open_after_a_request() -> bool:
-            service.ask(post())
+            service.request(post())
             return service.metrics()[circuits] == 1
 
         def is_closed() -> bool:
@@ -551,12 +544,12 @@ def test_pod_identifies_its_build_once(start_service: StartService) -> None:
 
 def test_reload_keeps_the_counters(start_service: StartService) -> None:
     with start_service() as service:
-        assert service.ask(post(b"{")).status == 400
+        assert service.request(post(b"{")).status == 400
         old = set(service.workers())
         service.process.send_signal(signal.SIGHUP)
         eventually(lambda: len(set(service.workers()) - old) == 4)
         eventually(lambda: not old & set(service.workers()))
-        assert {service.ask(post(b"{")).status for _ in range(20)} == {400}
+        assert {service.request(post(b"{")).status for _ in range(20)} == {400}
         assert service.metrics()[REFUSED] == 21
 
 
@@ -569,7 +562,11 @@ def test_reload_keeps_the_counters(start_service: StartService) -> None:
 def test_unusable_variable_stops_the_start_with_a_line(variable: str, value: str) -> None:
     variables = {"SQS_QUEUE_URL": "http://sqs/queue", variable: value}
     run = subprocess.run(
-        gunicorn(), cwd=PROJECT, env=environment(**variables), capture_output=True, timeout=WAIT
+        gunicorn(),
+        cwd=PROJECT,
+        env=clean_environment(**variables),
+        capture_output=True,
+        timeout=WAIT,
     )
     assert run.returncode != 0
     (line,) = run.stderr.decode().splitlines()
@@ -600,7 +597,7 @@ def test_metrics_go_into_the_temporary_folder_if_dev_shm_cannot_be_used(
     service.command = with_dev_shm(options)
     with service:
         workers = service.workers()
-        assert {service.ask(post(b"{")).status for _ in range(40)} == {400}
+        assert {service.request(post(b"{")).status for _ in range(40)} == {400}
         assert service.metrics()[REFUSED] == 40
         assert service.workers() == workers
         assert metrics_folder(workers[0]).parent == service.temporary
@@ -611,7 +608,7 @@ def test_named_folder_that_cannot_be_used_stops_the_start_with_a_line(options: s
     variables = {"SQS_QUEUE_URL": "http://sqs/queue", "PROMETHEUS_MULTIPROC_DIR": "/dev/shm/x"}
     command = with_dev_shm(options)
     run = subprocess.run(
-        command, cwd=PROJECT, env=environment(**variables), capture_output=True, timeout=WAIT
+        command, cwd=PROJECT, env=clean_environment(**variables), capture_output=True, timeout=WAIT
     )
     assert run.returncode != 0
     (line,) = run.stderr.decode().splitlines()
@@ -623,7 +620,7 @@ def test_gunicorn_settings_fit_the_deployment() -> None:
     printed = subprocess.run(
         gunicorn("--print-config"),
         cwd=PROJECT,
-        env=environment(SQS_QUEUE_URL="http://sqs/queue"),
+        env=clean_environment(SQS_QUEUE_URL="http://sqs/queue"),
         capture_output=True,
         text=True,
         timeout=WAIT,
@@ -645,37 +642,37 @@ def test_gunicorn_settings_fit_the_deployment() -> None:
     assert found["worker_tmp_dir"] == ("/dev/shm" if Path("/dev/shm").is_dir() else "None")
 
 
-def test_several_workers_use_all_cores(service: Service) -> None:
+def test_several_workers_use_all_cores(service: ServiceProcess) -> None:
     for pid in service.workers():
         assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)
 
 
-def test_no_thread_is_started_before_the_fork(service: Service) -> None:
+def test_no_thread_is_started_before_the_fork(service: ServiceProcess) -> None:
     assert len(list(Path(f"/proc/{service.process.pid}/task").iterdir())) == 1
 
 
 def test_each_worker_asks_for_its_token_once_unasked(
-    start_service: StartService, fake: FakeAws
+    start_service: StartService, fake_aws: FakeAws
 ) -> None:
-    with start_service(**fake.environment()) as service:
+    with start_service(**fake_aws.variables()) as service:
         seen = {"GetParameters": 4, "GetQueueAttributes": 4}
-        eventually(lambda: fake.counts()["calls"] == seen)
-        assert {service.ask(post()).status for _ in range(20)} == {200}
-        assert fake.counts()["calls"].items() >= seen.items()
+        eventually(lambda: fake_aws.counts()["calls"] == seen)
+        assert {service.request(post()).status for _ in range(20)} == {200}
+        assert fake_aws.counts()["calls"].items() >= seen.items()
 
 
 def test_sigterm_answers_what_was_begun(start_service: StartService) -> None:
     with start_service() as service, service.connect() as idle, service.connect() as begun:
         eventually(lambda: {service.get("/ready").status for _ in range(12)} == {200})
-        assert idle.send(request_head("GET", "/health")).answer().status == 200
+        assert idle.send(request_head("GET", "/health")).response().status == 200
         begun.send(post_head(f"Content-Length: {len(BODY)}", "Expect: 100-continue"))
         assert begun.is_continued()
         service.process.send_signal(signal.SIGTERM)
-        assert begun.send(BODY).answer().status == 200
+        assert begun.send(BODY).response().status == 200
         assert service.stop() < 25, "an idle connection held it up until Gunicorn kills"
 
 
-def test_client_helper_sees_an_open_connection_as_open(service: Service) -> None:
+def test_client_helper_sees_an_open_connection_as_open(service: ServiceProcess) -> None:
     with Client(service.port) as client:
-        assert client.send(request_head("GET", "/health")).answer().status == 200
+        assert client.send(request_head("GET", "/health")).response().status == 200
         assert not client.is_closed(0.1)

@@ -21,22 +21,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import (
-    BODY,
-    PARAMETER,
+from client import BODY, Client, post
+from fake_aws import PARAMETER, TOKEN, FakeAws
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from service import (
     PROJECT,
-    TOKEN,
-    Client,
-    Service,
+    ServiceProcess,
     StartService,
-    environment,
+    clean_environment,
     eventually,
     free_port,
     is_listening,
-    post,
 )
-from fake_aws import FakeAws
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from test_documentation import section
 
 import app
@@ -673,7 +669,7 @@ def test_opentelemetry_is_loaded_only_when_its_variables_turn_tracing_on() -> No
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(off + on)],
         cwd=PROJECT,
-        env=environment(SQS_QUEUE_URL=QUEUE_URL),
+        env=clean_environment(SQS_QUEUE_URL=QUEUE_URL),
         capture_output=True,
         text=True,
         check=True,
@@ -690,22 +686,22 @@ def trace_id(number: int) -> str:
     return f"1-67891233-{number:024x}"
 
 
-def send_in_parallel(service: Service, numbers: range) -> list[int]:
+def send_in_parallel(service: ServiceProcess, numbers: range) -> list[int]:
     """POST with a trace of its own for each number; the statuses."""
 
     def send(number: int) -> int:
         header = f"X-Amzn-Trace-Id: Root={trace_id(number)}"
-        return service.ask(post(BODY, header, f"X-Request-Id: r{number}")).status
+        return service.request(post(BODY, header, f"X-Request-Id: r{number}")).status
 
     with ThreadPoolExecutor(len(numbers)) as pool:
         return list(pool.map(send, numbers))
 
 
-def check_chains(receiver: Receiver, fake: FakeAws, numbers: range) -> None:
+def check_chains(receiver: Receiver, fake_aws: FakeAws, numbers: range) -> None:
     """From the header through both spans to the message that the consumer gets."""
     servers = {span.x_ray_id: span for span in receiver.of_kind(SERVER)}
     producers = {span.x_ray_id: span for span in receiver.of_kind(PRODUCER)}
-    messages = {message["attributes"]["RequestId"]: message for message in fake.messages()}
+    messages = {message["attributes"]["RequestId"]: message for message in fake_aws.messages()}
     assert len(receiver.spans) == 2 * len(numbers)
     for number in numbers:
         server, producer = servers[trace_id(number)], producers[trace_id(number)]
@@ -727,35 +723,35 @@ AT_EXIT = {"OTEL_BSP_SCHEDULE_DELAY": "3600000", "OTEL_TRACES_SAMPLER": "always_
 
 
 def test_four_workers_are_four_instances_and_send_all_spans_at_sigterm(
-    start_service: StartService, fake: FakeAws, receiver: Receiver
+    start_service: StartService, fake_aws: FakeAws, receiver: Receiver
 ) -> None:
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, **AT_EXIT}
     numbers = range(1, 81)  # that a worker gets none of so many connections comes once in 10**10
-    with start_service(**fake.environment(), **variables) as service:
+    with start_service(**fake_aws.variables(), **variables) as service:
         assert set(send_in_parallel(service, numbers)) == {200}
         assert receiver.spans == []
         service.stop()
         lines = {line.get("request_id"): line for line in service.log()}
-    check_chains(receiver, fake, numbers)
+    check_chains(receiver, fake_aws, numbers)
     instances = {span.resource["service.instance.id"] for span in receiver.spans}
     assert len(instances) == 4
     assert all(lines[f"r{number}"]["trace_id"] == trace_id(number) for number in numbers)
 
 
 def test_messages_of_a_batch_have_a_span_each(
-    start_service: StartService, fake: FakeAws, receiver: Receiver
+    start_service: StartService, fake_aws: FakeAws, receiver: Receiver
 ) -> None:
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "GUNICORN_WORKERS": "1", **AT_EXIT}
     numbers = range(1, 33)
     half = {"SendMessageBatch": {"kind": "fail_entries", "share": 0.3}}
-    fake.set(latency_ms=300, faults=half)  # the requests arrive during the first call
-    with start_service(**fake.environment(), **variables) as service:
+    fake_aws.set(latency_ms=300, faults=half)  # the requests arrive during the first call
+    with start_service(**fake_aws.variables(), **variables) as service:
         assert set(send_in_parallel(service, numbers)) <= {200, 503}
         service.stop()
     producers = receiver.of_kind(PRODUCER)
     assert max(s.attributes.get("messaging.batch.message_count", 0) for s in producers) == 10
     assert max(s.attributes["email_processor.attempts"] for s in producers) > 1
-    taken = {message["message_id"]: message["batch_size"] for message in fake.messages()}
+    taken = {message["message_id"]: message["batch_size"] for message in fake_aws.messages()}
     sent = {
         s.attributes["messaging.message.id"]: s.attributes.get("messaging.batch.message_count", 1)
         for s in producers
@@ -767,20 +763,20 @@ def test_messages_of_a_batch_have_a_span_each(
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [*FAULTS, "is down", "sends an endless body"])
 def test_collector_that_fails_costs_no_request(
-    start_service: StartService, fake: FakeAws, receiver: Receiver, fault: str
+    start_service: StartService, fake_aws: FakeAws, receiver: Receiver, fault: str
 ) -> None:
     receiver.answer = {**FAULTS, "sends an endless body": endless_body}.get(fault, accept)
     url = f"http://127.0.0.1:{free_port()}" if fault == "is down" else receiver.url
     variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
     variables |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "1", "OTEL_TRACES_SAMPLER": "always_on"}
-    with start_service(**fake.environment(), **variables) as service:
+    with start_service(**fake_aws.variables(), **variables) as service:
         for start in range(0, 200, 20):
             assert send_in_parallel(service, range(start, start + 20)) == [200] * 20
         if fault != "sends an endless body":
             eventually(lambda: "spans are lost" in service.output())
         service.stop()
         lines, workers = service.log(), 4
-    assert len(fake.messages()) == 200
+    assert len(fake_aws.messages()) == 200
     assert sum(line["message"] == "request" for line in lines) == 200
     assert sum(line["message"] == "spans are lost" for line in lines) <= workers
     assert not [line for line in lines if "exc_info" in line]
@@ -794,7 +790,7 @@ def test_local_server_beside_the_embedded_aws_sends_spans_at_sigterm(receiver: R
     process = subprocess.Popen(
         [sys.executable, "app.py"],
         cwd=PROJECT,
-        env=environment(**variables),
+        env=clean_environment(**variables),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -803,7 +799,7 @@ def test_local_server_beside_the_embedded_aws_sends_spans_at_sigterm(receiver: R
         while "--aws-sigv4" not in (line := process.stdout.readline()):
             endpoint = line
         with Client(port) as client:
-            assert client.send(post()).answer().status == 200
+            assert client.send(post()).response().status == 200
         received = receive_from(endpoint)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
@@ -833,14 +829,14 @@ def receive_from(line: str) -> str:
 
 
 @pytest.mark.slow
-def test_flasks_server_sends_spans_at_sigterm(fake: FakeAws, receiver: Receiver) -> None:
+def test_flasks_server_sends_spans_at_sigterm(fake_aws: FakeAws, receiver: Receiver) -> None:
     port = free_port()
-    variables = {**fake.environment(), "PORT": str(port), **AT_EXIT}
+    variables = {**fake_aws.variables(), "PORT": str(port), **AT_EXIT}
     program = "import app; app.find_spec = lambda _: None; app.main()"  # as without POSIX
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=PROJECT,
-        env=environment(
+        env=clean_environment(
             **variables, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=f"{receiver.url}/v1/traces"
         ),
         stdout=subprocess.DEVNULL,
@@ -848,7 +844,7 @@ def test_flasks_server_sends_spans_at_sigterm(fake: FakeAws, receiver: Receiver)
     try:
         eventually(lambda: is_listening(port))
         with Client(port) as client:
-            assert client.send(post()).answer().status == 200
+            assert client.send(post()).response().status == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     finally:

@@ -20,25 +20,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from conftest import (
-    BODY,
+from client import BODY, Client, chunk, post, post_head, request_head
+from conftest import Aws
+from fake_aws import TOKEN, FakeAws
+from service import (
     PROJECT,
-    TOKEN,
     WAIT,
-    Aws,
-    Client,
-    Service,
+    ServiceProcess,
     StartService,
-    chunk,
-    environment,
+    clean_environment,
     eventually,
     gunicorn,
     kill,
-    post,
-    post_head,
-    request_head,
 )
-from fake_aws import FakeAws
 
 HEALTH = request_head("GET", "/health")
 CLOSE = request_head("GET", "/health", "Connection: close")
@@ -52,26 +46,29 @@ CHUNKED = "Transfer-Encoding: chunked"
 
 
 @pytest.fixture(scope="module")
-def crowded(start_service: StartService) -> Iterator[Service]:
+def crowded(start_service: StartService) -> Iterator[ServiceProcess]:
     """Many more clients than threads, and deadlines that end no client during a test."""
     with start_service(**NARROW, BODY_TIMEOUT_SECONDS="60") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
-def service(start_service: StartService) -> Iterator[Service]:
+def service(start_service: StartService) -> Iterator[ServiceProcess]:
     with start_service(GUNICORN_WORKERS="1", BODY_TIMEOUT_SECONDS="1") as service:
         yield service
 
 
 def assert_serves(
-    service: Service, workers: list[int], times: int = 20, requests: Sequence[bytes] = (CLOSE,)
+    service: ServiceProcess,
+    workers: list[int],
+    times: int = 20,
+    requests: Sequence[bytes] = (CLOSE,),
 ) -> None:
     """The requests are answered again and again, by the workers that there were before."""
     for _ in range(times):
         for sent in requests:
             begin = time.monotonic()
-            assert service.ask(sent).status == 200
+            assert service.request(sent).status == 200
             assert time.monotonic() - begin < CEILING
     assert service.workers() == workers
 
@@ -117,7 +114,7 @@ SENT_ON = {
 def stays(client: Client, how: str) -> None:
     client.send((ANSWERED | UNANSWERED)[how])
     if how in ANSWERED:
-        client.answer()
+        client.response()
 
 
 def takes_no_answer(client: Client, how: str) -> None:
@@ -142,7 +139,7 @@ CROWDS = [
 
 @pytest.mark.parametrize(("behave", "how"), CROWDS, ids=[how for _, how in CROWDS])
 def test_crowd_that_misbehaves_holds_up_nobody(
-    crowded: Service, behave: Callable[[Client, str], None], how: str
+    crowded: ServiceProcess, behave: Callable[[Client, str], None], how: str
 ) -> None:
     workers = crowded.workers()
     with ExitStack() as stack:
@@ -152,7 +149,7 @@ def test_crowd_that_misbehaves_holds_up_nobody(
 
 
 @pytest.mark.parametrize("part", SENT_ON.values(), ids=SENT_ON)
-def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: bytes) -> None:
+def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: ServiceProcess, part: bytes) -> None:
     workers, done = crowded.workers(), threading.Event()
     with ExitStack() as stack:
         clients = [stack.enter_context(crowded.connect(buffer=4096)) for _ in range(CLIENTS)]
@@ -172,20 +169,22 @@ def test_crowd_that_goes_on_sending_holds_up_nobody(crowded: Service, part: byte
         assert_serves(crowded, workers)
 
 
-def test_pipelined_requests_of_a_half_closed_client_are_answered(service: Service) -> None:
+def test_pipelined_requests_of_a_half_closed_client_are_answered(service: ServiceProcess) -> None:
     with service.connect() as client:
         client.send(HEALTH * 5).sock.shutdown(socket.SHUT_WR)
-        assert [client.answer().status for _ in range(5)] == [200] * 5
+        assert [client.response().status for _ in range(5)] == [200] * 5
         assert client.is_closed()
 
 
 @pytest.mark.parametrize(
     ("sent", "status"), [(CLOSE, 200), (post_head("Content-Length: 3000000"), 413)]
 )
-def test_client_that_does_not_close_is_closed(service: Service, sent: bytes, status: int) -> None:
+def test_client_that_does_not_close_is_closed(
+    service: ServiceProcess, sent: bytes, status: int
+) -> None:
     """Though the kernel would keep the connection for as long as the client does."""
     with service.connect() as client:
-        assert client.send(sent).answer().status == status
+        assert client.send(sent).response().status == status
 
         def is_reset() -> bool:
             try:
@@ -198,34 +197,34 @@ def test_client_that_does_not_close_is_closed(service: Service, sent: bytes, sta
 
 
 @pytest.mark.parametrize("end", [b"\n\r\n\r\n", b"x\r\r\n\r\n", b"x\r\n\r\n"])
-def test_spaces_in_a_header_take_no_time(service: Service, end: bytes) -> None:
+def test_spaces_in_a_header_take_no_time(service: ServiceProcess, end: bytes) -> None:
     """The head arrives in one piece. A pattern that backtracks takes minutes for it."""
     head = request_head("GET", "/health").removesuffix(b"\r\n")
     for spaces in (b" " * 4000, b"x" + b"\t" * 8000):
-        assert service.ask(head, b"Content-Length:", spaces, end).status == 400
+        assert service.request(head, b"Content-Length:", spaces, end).status == 400
 
 
 @pytest.mark.parametrize(
     "head", [post_head("Content-Length: 9", "Content-Length: 8"), b"garbage\r\n"]
 )
-def test_refused_client_that_sends_on_gets_its_answer(service: Service, head: bytes) -> None:
+def test_refused_client_that_sends_on_gets_its_answer(service: ServiceProcess, head: bytes) -> None:
     """It reads only when it has sent everything."""
     with service.connect(buffer=4096) as client:
         client.send(head)
         for _ in range(500):
             client.send(b"x" * 4096)
         client.sock.shutdown(socket.SHUT_WR)
-        assert client.answer().status == 400
+        assert client.response().status == 400
 
 
-def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: Service) -> None:
-    fast = service.ask(BUNDLE).body
+def test_long_answer_is_whole_for_a_client_that_is_slow_to_take_it(service: ServiceProcess) -> None:
+    fast = service.request(BUNDLE).body
     with service.connect(buffer=65_536) as client:
         client.send(BUNDLE + CLOSE)
         # Until the service is done with what the sockets have room for.
         assert service.get("/health").status == 200
-        assert client.answer().body == fast
-        assert client.answer().json["status"] == "healthy"
+        assert client.response().body == fast
+        assert client.response().json["status"] == "healthy"
 
 
 # --- Many connections -----------------------------------------------------------------------------
@@ -249,12 +248,12 @@ def test_a_thousand_idle_connections_stop_nobody(
             idle = []
             for _ in range(1000):
                 idle.append(stack.enter_context(service.connect()))
-                assert idle[-1].send(HEALTH).answer().status == 200
+                assert idle[-1].send(HEALTH).response().status == 200
             busy = [stack.enter_context(service.connect()).send(post()) for _ in range(64)]
-            assert {client.answer().status for client in busy} == {200}
+            assert {client.response().status for client in busy} == {200}
             assert_serves(service, before)
             if not hard:
-                assert {client.send(HEALTH).answer().status for client in idle} == {200}
+                assert {client.send(HEALTH).response().status for client in idle} == {200}
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (ours, most))
 
@@ -270,11 +269,11 @@ def test_bodies_beyond_the_memory_budget_end_the_oldest(start_service: StartServ
             if number % 30 == 29:
                 assert_serves(service, workers, times=1)
         eventually(lambda: len(select.select([c.sock for c in clients], [], [], 0)[0]) >= 240)
-        assert clients[0].answer().error == "request_timeout"
+        assert clients[0].response().error == "request_timeout"
         assert sum(map(memory, workers)) < 420 * 2**20
         assert_serves(service, workers)
         # The newest are within the budget, and can go on.
-        assert clients[-1].send(b" " * 100_000).answer().error == "invalid_json"
+        assert clients[-1].send(b" " * 100_000).response().error == "invalid_json"
 
 
 def test_rejected_head_releases_its_body(start_service: StartService) -> None:
@@ -285,7 +284,7 @@ def test_rejected_head_releases_its_body(start_service: StartService) -> None:
         before = memory(worker)
         for _ in range(50):
             client = stack.enter_context(service.connect()).send(sent)
-            assert client.answer().status == 400
+            assert client.response().status == 400
         assert memory(worker) - before < 50 * 2**20
 
 
@@ -306,7 +305,7 @@ def test_requests_behind_an_unread_response_count_in_the_memory_budget(
                 client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 clients.append(client.send(sent))
             with pytest.raises((AssertionError, OSError)):
-                clients[0].answer()  # it was closed: the oldest
+                clients[0].response()  # it was closed: the oldest
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (ours, most))
 
@@ -341,7 +340,7 @@ def test_worker_without_a_free_file_waits_and_serves_again(start_service: StartS
         # A worker that spins takes all of it that the machine gives.
         assert cpu_seconds(worker) - cpu < (time.monotonic() - begun) / 2
         for client in clients:
-            assert client.send(b"x" * 9).answer().status == 405
+            assert client.send(b"x" * 9).response().status == 405
         resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
         assert_serves(service, [worker], times=1)
 
@@ -351,22 +350,22 @@ def test_connection_too_many_closes_the_oldest_idle_one(start_service: StartServ
     with start_service(**narrow, BODY_TIMEOUT_SECONDS="60") as service, ExitStack() as stack:
         clients = [stack.enter_context(service.connect()) for _ in range(20)]
         for client in clients:
-            assert client.send(HEALTH).answer().status == 200
+            assert client.send(HEALTH).response().status == 200
         clients[0].send(HEALTH[:10])  # it is no longer idle
         later = [stack.enter_context(service.connect()) for _ in range(3)]
         for client in later:
-            assert client.send(HEALTH).answer().status == 200
+            assert client.send(HEALTH).response().status == 200
         assert all(client.is_closed() for client in clients[1:4])
-        assert clients[0].send(HEALTH[10:]).answer().status == 200
+        assert clients[0].send(HEALTH[10:]).response().status == 200
         for client in clients[4:] + later:
-            assert client.send(HEALTH).answer().status == 200
+            assert client.send(HEALTH).response().status == 200
         # Where all have begun a request, further ones wait.
         for client in [clients[0], *clients[4:], *later]:
             client.send(HEALTH[:10])
         waiting = stack.enter_context(service.connect()).send(HEALTH)
         for client in [clients[0], *clients[4:], *later]:
-            assert client.send(HEALTH[10:]).answer().status == 200
-        assert waiting.answer().status == 200
+            assert client.send(HEALTH[10:]).response().status == 200
+        assert waiting.response().status == 200
 
 
 # --- While AWS does not answer --------------------------------------------------------------------
@@ -376,24 +375,24 @@ def wrong_token(number: int = 0) -> bytes:
     return post(BODY.replace(json.dumps(TOKEN).encode(), b'"wrong %d"' % number))
 
 
-def hang_ssm(service: Service, fake: FakeAws) -> None:
+def hang_ssm(service: ServiceProcess, fake_aws: FakeAws) -> None:
     """From now on every read of SSM hangs, and each worker may start one."""
     eventually(lambda: {service.get("/ready").status for _ in range(12)} == {200})
-    fake.set(faults={"SSM": {"kind": "hang"}})
+    fake_aws.set(faults={"SSM": {"kind": "hang"}})
     time.sleep(1.1)  # the cache's time, so that an unknown token is worth a read
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_health_is_served_while_all_threads_wait_for_ssm(
-    start_service: StartService, fake: FakeAws, workers: int
+    start_service: StartService, fake_aws: FakeAws, workers: int
 ) -> None:
-    variables = {**fake.environment(), "GUNICORN_WORKERS": str(workers)}
+    variables = {**fake_aws.variables(), "GUNICORN_WORKERS": str(workers)}
     with start_service(**variables, TOKEN_CACHE_SECONDS="1") as service, ExitStack() as stack:
-        hang_ssm(service, fake)
+        hang_ssm(service, fake_aws)
         clients = [stack.enter_context(service.connect()) for _ in range(CLIENTS)]
         for client in clients:
             client.send(wrong_token())
-        eventually(lambda: fake.counts()["answers"].get("GetParameters hang", 0) >= workers)
+        eventually(lambda: fake_aws.counts()["answers"].get("GetParameters hang", 0) >= workers)
         assert {service.get("/health").status for _ in range(20)} == {200}
         assert service.get("/metrics").status == 200
         answered = select.select([client.sock for client in clients], [], [], 0)[0]
@@ -401,35 +400,35 @@ def test_health_is_served_while_all_threads_wait_for_ssm(
 
 
 def test_post_that_waits_too_long_for_a_thread_is_overloaded(
-    start_service: StartService, fake: FakeAws
+    start_service: StartService, fake_aws: FakeAws
 ) -> None:
-    variables = {**fake.environment(), **NARROW, "BODY_TIMEOUT_SECONDS": "1"}
+    variables = {**fake_aws.variables(), **NARROW, "BODY_TIMEOUT_SECONDS": "1"}
     with start_service(**variables, TOKEN_CACHE_SECONDS="1") as service, ExitStack() as stack:
-        hang_ssm(service, fake)
+        hang_ssm(service, fake_aws)
         wrong = [stack.enter_context(service.connect()).send(wrong_token()) for _ in range(2)]
-        eventually(lambda: fake.counts()["answers"].get("GetParameters hang", 0) >= 1)
+        eventually(lambda: fake_aws.counts()["answers"].get("GetParameters hang", 0) >= 1)
         late = [stack.enter_context(service.connect()).send(post()) for _ in range(5)]
-        answers = [client.answer() for client in late]
+        answers = [client.response() for client in late]
         assert {(answer.status, answer.error) for answer in answers} == {(503, "overloaded")}
         assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)  # type: ignore[arg-type]
-        assert [client.answer().error for client in wrong] == ["invalid_token"] * 2
-        assert late[0].is_closed() or late[0].send(post()).answer().status == 200
+        assert [client.response().error for client in wrong] == ["invalid_token"] * 2
+        assert late[0].is_closed() or late[0].send(post()).response().status == 200
     causes = [line["cause"] for line in service.log() if line.get("error") == "overloaded"]
     assert len(causes) == 5
     assert set(causes) == {"no thread was free for 1 s"}
-    assert fake.messages() == []
+    assert fake_aws.messages() == []
 
 
 # --- Addresses ------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
-def test_both_families_are_served_and_named_plainly(service: Service) -> None:
+def test_both_families_are_served_and_named_plainly(service: ServiceProcess) -> None:
     hosts = ["::1", "127.0.0.1"]
     for host in hosts:
         for sent in (request_head("GET", "/nothing"), b"garbage\r\n"):
             with service.connect(host) as client:
-                assert client.send(sent).answer().status in (400, 404)
+                assert client.send(sent).response().status in (400, 404)
 
     def clients() -> list[str]:
         lines = [line for line in service.log() if line["message"] == "request"]
@@ -453,17 +452,17 @@ def test_machine_without_ipv6_is_served_on_ipv4(
             """)
     )
     with start_service(PYTHONPATH=str(tmp_path)) as service:
-        assert service.ask(post()).status == 200
+        assert service.request(post()).status == 200
 
 
 @pytest.mark.slow
-def test_port_that_is_taken_stops_the_start(service: Service) -> None:
+def test_port_that_is_taken_stops_the_start(service: ServiceProcess) -> None:
     """Also when each worker has a listening socket of its own, which could share the port."""
     variables = {"PORT": str(service.port), "GUNICORN_WORKERS": "2"}
     run = subprocess.run(
         gunicorn(),
         cwd=PROJECT,
-        env=environment(SQS_QUEUE_URL="http://sqs/queue", **variables),
+        env=clean_environment(SQS_QUEUE_URL="http://sqs/queue", **variables),
         capture_output=True,
         timeout=60,
     )
@@ -508,11 +507,11 @@ DROPPED = "email_processor_log_lines_dropped_total"
 UNKNOWN = request_head("GET", "/" + "x" * 2000)
 
 
-def ask_often(service: Service, times: int) -> None:
+def ask_often(service: ServiceProcess, times: int) -> None:
     with service.connect() as client:
         for _ in range(times // 100):
             client.send(UNKNOWN * 100)
-            assert {client.answer().status for _ in range(100)} == {404}
+            assert {client.response().status for _ in range(100)} == {404}
 
 
 @pytest.mark.slow
@@ -524,12 +523,12 @@ def test_log_that_nobody_reads_holds_up_nobody(start_service: StartService) -> N
     with service:
         os.close(writer)
         ask_often(service, 2000)  # the pipe has room for 30, the queue for 1,000
-        assert service.ask(post()).status == 200
+        assert service.request(post()).status == 200
         assert 500 < service.metrics()[DROPPED] < 1500
         (worker,) = service.workers()
         kill(worker)
         eventually(lambda: service.workers() not in ([], [worker]))
-        assert service.ask(post()).status == 200
+        assert service.request(post()).status == 200
         assert service.stop() < WAIT
     assert service.process.returncode == 0
     assert service.errors() == ""
@@ -552,7 +551,7 @@ def test_further_handler_of_the_log_ends_no_worker(
     )
     with start_service(PYTHONPATH=str(tmp_path), GUNICORN_WORKERS="1") as service:
         workers = service.workers()
-        assert service.ask(post(b"{")).status == 400
+        assert service.request(post(b"{")).status == 400
         eventually(lambda: [line for line in service.log() if line.get("status") == 400])
         assert service.workers() == workers
 
@@ -577,7 +576,7 @@ def test_app_needs_nothing_of_gunicorn_or_posix() -> None:
     run = subprocess.run(
         [sys.executable, "-c", HIDE + "import app; app.create_app()"],
         cwd=PROJECT,
-        env=environment(SQS_QUEUE_URL="https://sqs.us-west-1.amazonaws.com/1/q"),
+        env=clean_environment(SQS_QUEUE_URL="https://sqs.us-west-1.amazonaws.com/1/q"),
         capture_output=True,
         text=True,
         timeout=60,
@@ -587,14 +586,14 @@ def test_app_needs_nothing_of_gunicorn_or_posix() -> None:
 
 @pytest.mark.slow
 def test_local_server_works_without_gunicorn(aws: Aws, tmp_path: Path) -> None:
-    class Alone(Service):
+    class Alone(ServiceProcess):
         def workers(self) -> list[int]:
             return [self.process.pid]
 
     serve = [sys.executable, "-c", HIDE + 'runpy.run_path("app.py", run_name="__main__")']
     with Alone(tmp_path / "tmp", aws.variables(GUNICORN_WORKERS="1"), serve) as service:
-        assert service.ask(post()).status == 200
-        assert service.ask(post(b"x", path="/nothing")).error == "not_found"
+        assert service.request(post()).status == 200
+        assert service.request(post(b"x", path="/nothing")).error == "not_found"
 
 
 @pytest.mark.slow
@@ -604,7 +603,7 @@ def test_unit_tests_pass_without_gunicorn() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code, *options],
         cwd=PROJECT,
-        env=environment(),
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=600,

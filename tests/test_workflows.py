@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import PROJECT
+from service import PROJECT
 from test_documentation import page
 from test_manifests import NEWEST, OLDEST
 from test_scripts import environment, executable
