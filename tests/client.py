@@ -1,4 +1,4 @@
-"""An HTTP client that sends exactly the bytes of a test, and the service's requests to send."""
+"""An HTTP client that sends exactly the bytes that a test gives it, and builders of requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import http.client
 import json
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ DATA = {
     "email_content": "Just want to say... Happy new year!!!",
 }
 BODY = json.dumps({"data": DATA, "token": TOKEN}).encode()
-WAIT = 60.0  # seconds; nothing here takes a tenth of it, so it is only for what hangs
+WAIT = 60.0  # seconds, ten times what any step takes: a bound for defects that hang
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Response:
         return str(self.json["error"])
 
     def check(self) -> Response:
-        """What holds for every answer of the service, whatever was asked."""
+        """Assert the properties of every response of the service, whatever the request."""
         assert app.request_id_of(self.headers["X-Request-Id"] or "") == self.headers["X-Request-Id"]
         assert self.status != 500, self.body
         if self.status >= 400 and self.body:
@@ -56,12 +55,15 @@ class Response:
 
 
 class Client:
-    """One connection. Nothing is sent but what the test sends, and every wait is bounded."""
+    """One connection. It sends only what the test sends, and every wait is bounded."""
 
     def __init__(self, port: int, host: str = "127.0.0.1", buffer: int = 0) -> None:
+        """A small `buffer` (bytes) imitates a remote client: on loopback, the kernel would accept
+        everything at once.
+        """
         self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.sock.settimeout(WAIT)
-        if buffer:  # of few bytes, as from afar: on loopback the kernel would take all at once
+        if buffer:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
@@ -83,46 +85,45 @@ class Client:
         self.sock.sendall(b"".join(parts))
         return self
 
-    def response(self, method: str = "GET") -> Response:
-        """The next answer, checked. Interim ones (100) are skipped."""
+    def response(self) -> Response:
+        """Read and check the next response, interim ones (100) skipped."""
         status = 100
         while status < 200:
             line = self._file.readline()
             assert line.startswith(b"HTTP/1."), line
             status = int(line.split()[1])
             headers = http.client.parse_headers(self._file)
-        length = 0 if method == "HEAD" else int(headers["Content-Length"])
+        length = int(headers["Content-Length"])
         body = self._file.read(length)
         assert len(body) == length
         return Response(status, headers, body).check()
 
-    def trickle(self, part: bytes, seconds: float = WAIT) -> Client:
-        """Send `part` every 0.1 s until something comes, be it the connection's end."""
+    def trickle(self, part: bytes) -> Client:
+        """Send `part` every 0.1 s until a response begins, or the connection ends."""
         self.sock.settimeout(0.1)
-        end = time.monotonic() + seconds
+        end = time.monotonic() + WAIT
         while time.monotonic() < end:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                self.sock.sendall(part)
             try:
+                self.sock.sendall(part)
                 self.sock.recv(1, socket.MSG_PEEK)
                 break
             except TimeoutError:
                 continue
-            except ConnectionResetError:  # closed while a byte was on its way
+            except (BrokenPipeError, ConnectionResetError):
                 break
         self.sock.settimeout(WAIT)
         return self
 
     def is_continued(self) -> bool:
-        """Whether the server says 100 to `Expect: 100-continue`: it has read the head, no more."""
+        """Whether "100 Continue" comes next: the service has read the head, and waits."""
         return self._file.readline().split()[1] == b"100" and self._file.readline() == b"\r\n"
 
-    def rest(self) -> bytes:
-        """Everything until the server ends the connection, interim responses included."""
+    def read_to_end(self) -> bytes:
+        """Everything until the service ends the connection, interim responses included."""
         return self._file.read()
 
     def is_closed(self, seconds: float = WAIT) -> bool:
-        """Whether the server ends the connection within the time, with nothing more to read."""
+        """Whether the service ends the connection within the time, with nothing more to read."""
         self.sock.settimeout(seconds)
         try:
             return self._file.read(1) == b""
@@ -138,6 +139,7 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
 
 
 def post_head(*headers: str, path: str = "/process") -> bytes:
+    """The head of a POST without a framing header: the caller adds Content-Length or chunked."""
     return request_head("POST", path, "Content-Type: application/json", *headers)
 
 

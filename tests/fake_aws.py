@@ -1,24 +1,24 @@
-"""A fast fake of SSM and SQS over real HTTP, whose faults are switched while it runs.
+"""A fast fake of SSM, SQS and STS over real HTTP, whose faults can be changed while it runs.
 
 `python tests/fake_aws.py` prints its URL and serves until told to stop; tests and the benchmark
-start it with the class FakeAws. One asyncio protocol and no framework: it must never be what limits
-a measurement. Beside the two services it serves /control:
+start it with the class FakeAws. One asyncio protocol and no framework: it must not limit a
+measurement. Besides the services it serves /control:
 
-  PUT     change the settings that the JSON object names (attributes of Settings); "faults" maps an
-          operation, "SSM", "SQS" or "*" to a fault, and the most exact name counts:
-            {"kind": "delay", "seconds": 1}     answers that much later
-            {"kind": "hang"}                    no answer; the connection closes when the fault ends
-                                                or, with "for_good", never
+  PUT     change the settings that the JSON object names (attributes of Behavior); "faults" maps an
+          operation, a service or "*" to a fault, and the most exact name counts:
+            {"kind": "delay", "seconds": 1}     the response comes that much later
+            {"kind": "hang"}                    no response; the connection closes when the fault
+                                                ends or, with "for_good", never
             {"kind": "reset"}                   the connection is reset, nothing is accepted
             {"kind": "lost_answer"}             accepted, but the connection is reset
             {"kind": "error", "status": 500, "code": "InternalFailure"}
             {"kind": "garbage"}                 200 with a body that is no JSON
-            {"kind": "trickle"}                 an answer that never ends, byte by byte
+            {"kind": "trickle"}                 a response that never ends, byte by byte
             {"kind": "huge"}                    200 with a body of 8 MiB
-            {"kind": "close"}                   answers, and closes the connection a moment later
+            {"kind": "close"}                   closes the connection soon after its response
             {"kind": "fail_entries"}            of a batch
           Each takes "share", from 0 to 1: of the calls, or with fail_entries of a batch's entries.
-  GET     how many calls, answers and accepted messages there were; /control/messages: the messages
+  GET     the numbers of calls, hung calls and accepted messages; /control/messages: the messages
   DELETE  forget these
 """
 
@@ -46,8 +46,8 @@ MAX_BATCH_ENTRIES, MAX_BYTES = 10, 1_048_576
 
 
 @dataclass
-class Settings:
-    """What PUT /control changes."""
+class Behavior:
+    """The settings that PUT /control changes."""
 
     parameters: dict[str, str] = field(default_factory=lambda: {PARAMETER: TOKEN})
     latency_ms: float = 0
@@ -56,7 +56,7 @@ class Settings:
 
 
 class AwsError(Exception):
-    """An error answer. SQS names it twice: by its JSON shape and by its older query code."""
+    """An error response. SQS names it twice: by its JSON shape and by its older query code."""
 
     def __init__(self, shape: str, message: str, code: str = "", status: int = 400) -> None:
         super().__init__(shape)
@@ -75,21 +75,21 @@ def message_bytes(entry: dict[str, Any]) -> int:
 
 
 class Services:
-    """SSM and SQS: an operation is the method of its name, taking and returning JSON objects."""
+    """An operation is the method of its name: JSON objects in and out, but XML from STS."""
 
     def __init__(self) -> None:
-        self.settings = Settings()
+        self.behavior = Behavior()
         self.random = random.Random(1)
         self.forget()
 
     def forget(self) -> None:
         self.calls: Counter[str] = Counter()
-        self.answers: Counter[str] = Counter()
+        self.hung = 0
         self.accepted = 0
         self.messages: list[dict[str, Any]] = []
 
     def fault_of(self, service: str, operation: str) -> dict[str, Any]:
-        faults = self.settings.faults
+        faults = self.behavior.faults
         return faults.get(operation) or faults.get(service) or faults.get("*") or {}
 
     def happens(self, fault: dict[str, Any]) -> bool:
@@ -101,15 +101,25 @@ class Services:
         return {"Parameter": self._parameter(given["Name"], given)}
 
     def AmazonSSM_GetParameters(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        known = self.settings.parameters
+        known = self.behavior.parameters
         return {
             "Parameters": [self._parameter(n, given) for n in given["Names"] if n in known],
             "InvalidParameters": [name for name in given["Names"] if name not in known],
         }
 
     def _parameter(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        value = self.settings.parameters[name] if given.get("WithDecryption") else "encrypted"
+        value = self.behavior.parameters[name] if given.get("WithDecryption") else "encrypted"
         return {"Name": name, "Type": "SecureString", "Value": value}
+
+    # --- STS ---
+
+    def AmazonSTS_AssumeRoleWithWebIdentity(self, _: dict[str, Any]) -> str:  # noqa: N802
+        name, credentials = "AssumeRoleWithWebIdentity", ("AccessKeyId", "SecretAccessKey")
+        keys = "".join(f"<{key}>test</{key}>" for key in (*credentials, "SessionToken"))
+        return (
+            f"<{name}Response><{name}Result><Credentials>{keys}"
+            f"<Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></{name}Result></{name}Response>"
+        )
 
     # --- SQS ---
 
@@ -132,15 +142,15 @@ class Services:
         if sum(map(message_bytes, entries)) > MAX_BYTES:
             raise AwsError("com.amazonaws.sqs#BatchRequestTooLong", "")
         fault = self.fault_of("SQS", "SendMessageBatch")
-        answer: dict[str, Any] = {"Successful": [], "Failed": []}
+        result: dict[str, Any] = {"Successful": [], "Failed": []}
         for entry in entries:
             if fault.get("kind") == "fail_entries" and self.happens(fault):
                 failed = {"Id": entry["Id"], "Code": "InternalError", "SenderFault": False}
-                answer["Failed"].append(failed)
+                result["Failed"].append(failed)
             else:
                 sent = {"Id": entry["Id"], **self._accept(entry, len(entries))}
-                answer["Successful"].append(sent)
-        return {name: results for name, results in answer.items() if results}
+                result["Successful"].append(sent)
+        return {name: results for name, results in result.items() if results}
 
     def _check_queue(self, given: dict[str, Any]) -> None:
         if not given["QueueUrl"].endswith(f"/{QUEUE}"):
@@ -150,7 +160,7 @@ class Services:
     def _accept(self, entry: dict[str, Any], batch_size: int) -> dict[str, Any]:
         self.accepted += 1
         body, message_id = entry["MessageBody"], str(uuid.uuid4())
-        if self.settings.record:
+        if self.behavior.record:
             attributes = entry.get("MessageAttributes", {})
             message = {
                 "message_id": message_id,
@@ -171,16 +181,16 @@ _content_length = re.compile(rb"\r\ncontent-length:\s*([0-9]+)", re.IGNORECASE).
 _target = re.compile(rb"\r\nx-amz-target:\s*Amazon(\w+)\.(\w+)", re.IGNORECASE).search
 
 
-class Connection(asyncio.Protocol):
-    """HTTP/1.1 with kept-alive connections; requests are answered one after the other."""
+class AwsConnection(asyncio.Protocol):
+    """HTTP/1.1 with kept-alive connections; requests are served one after the other."""
 
-    hanging: set[Connection] = set()  # noqa: RUF012 - of all connections together
+    hanging: set[AwsConnection] = set()  # noqa: RUF012 - of all connections together
 
     def __init__(self, services: Services) -> None:
         self.services = services
         self.loop = asyncio.get_running_loop()
         self.buffer = b""
-        self.busy = False  # a request waits for its answer
+        self.busy = False  # a request waits for its response
         self.operation = ("", "")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -194,7 +204,7 @@ class Connection(asyncio.Protocol):
         self.serve()
 
     def serve(self) -> None:
-        while not self.busy and (head_end := self.buffer.find(b"\r\n\r\n")) >= 0:
+        if not self.busy and (head_end := self.buffer.find(b"\r\n\r\n")) >= 0:
             head = self.buffer[:head_end]
             length = _content_length(head)
             end = head_end + 4 + (int(length[1]) if length else 0)
@@ -205,19 +215,22 @@ class Connection(asyncio.Protocol):
             if target := _target(head):
                 self.operation = target[1].decode(), target[2].decode()
                 self.call(*self.operation, body)
+            elif b"Action=AssumeRoleWithWebIdentity" in body:
+                self.operation = "STS", "AssumeRoleWithWebIdentity"
+                self.call(*self.operation, b"{}")
             else:
                 method, path, _ = head.decode("latin-1").split(" ", 2)
-                self.answer(200, json.dumps(self.control(method, path, body)).encode())
+                self.respond(200, json.dumps(self.control(method, path, body)).encode())
 
-    def call(self, service: str, operation: str, body: bytes) -> None:
-        """Answer a call to SSM or SQS, or do what the fault says instead."""
+    def call(self, service: str, operation: str, given: bytes) -> None:
+        """Respond to a call, or do what the fault says instead."""
         self.services.calls[operation] += 1
         fault = self.services.fault_of(service, operation)
         kind = fault.get("kind")
         if kind and kind != "fail_entries" and not self.services.happens(fault):
             kind = None
         if kind == "hang":
-            self.services.answers[f"{operation} hang"] += 1
+            self.services.hung += 1
             if not fault.get("for_good"):
                 self.hanging.add(self)
             return
@@ -225,29 +238,28 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n")
             self.trickle()
             return
-        status, answer, header = 200, b"<html>This is no JSON", ""
+        status, body, header = 200, b"<html>This is no JSON", ""
         try:
             if kind == "error":
                 text = fault.get("message", "A fault of the fake.")
                 raise AwsError(fault["code"], text, status=fault["status"])
             if kind == "huge":
-                answer = bytes(2**23)
+                body = bytes(2**23)
             elif kind not in ("reset", "garbage"):
                 method = getattr(self.services, f"Amazon{service}_{operation}")
-                answer = json.dumps(method(json.loads(body))).encode()
+                result = method(json.loads(given))
+                body = (result if isinstance(result, str) else json.dumps(result)).encode()
         except AwsError as error:
-            status, answer, header = error.status, error.body, error.header
-        delay = self.services.settings.latency_ms / 1000
+            status, body, header = error.status, error.body, error.header
+        delay = self.services.behavior.latency_ms / 1000
         delay += fault["seconds"] if kind == "delay" else 0
         if kind in ("reset", "lost_answer"):
-            self.services.answers[f"{operation} reset"] += 1
             self.loop.call_later(delay, self.reset)
             return
-        self.services.answers[f"{operation} {status}"] += 1
         if delay:
-            self.loop.call_later(delay, self.answer_later, status, answer, header)
+            self.loop.call_later(delay, self.respond, status, body, header)
         else:
-            self.answer(status, answer, header)
+            self.respond(status, body, header)
         if kind == "close":
             self.loop.call_later(delay + 0.05, self.transport.close)
 
@@ -256,7 +268,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(b" ")
             self.loop.call_later(0.05, self.trickle)
 
-    def answer(self, status: int, body: bytes, header: str = "") -> None:
+    def respond(self, status: int, body: bytes, header: str = "") -> None:
         head = (
             f"HTTP/1.1 {status} {http.client.responses.get(status, 'Status')}\r\n"
             f"Content-Type: application/x-amz-json-1.0\r\nContent-Length: {len(body)}\r\n"
@@ -265,10 +277,7 @@ class Connection(asyncio.Protocol):
         if not self.transport.is_closing():
             self.transport.write(head.encode() + body)
         self.busy = False
-
-    def answer_later(self, status: int, body: bytes, header: str) -> None:
-        self.answer(status, body, header)
-        self.serve()
+        self.serve()  # the next request, if the client has sent one
 
     def reset(self) -> None:
         """Close with RST instead of FIN."""
@@ -282,18 +291,17 @@ class Connection(asyncio.Protocol):
         if method == "DELETE":
             services.forget()
         elif method == "PUT":
-            vars(services.settings).update(json.loads(body))
+            vars(services.behavior).update(json.loads(body))
             for connection in list(self.hanging):
                 if services.fault_of(*connection.operation).get("kind") != "hang":
                     connection.transport.abort()
         elif path == "/control/messages":
             return services.messages
-        counts = {"calls": services.calls, "answers": services.answers}
-        return {**counts, "accepted": services.accepted}
+        return {name: getattr(services, name) for name in ("calls", "hung", "accepted")}
 
 
 class FakeAws:
-    """The fake in a process of its own: `with FakeAws() as aws`."""
+    """Runs the fake in a process: `with FakeAws() as fake_aws`."""
 
     def __enter__(self) -> FakeAws:
         command = [sys.executable, __file__]
@@ -326,15 +334,19 @@ class FakeAws:
 
     def set(self, **changes: Any) -> None:
         """Change settings: set(latency_ms=8, faults={"SQS": {"kind": "hang"}})."""
-        Settings(**changes)  # there are no others
+        Behavior(**changes)  # rejects unknown names
         self._control("PUT", changes)
 
     def counts(self) -> dict[str, Any]:
         return dict(self._control("GET"))
 
     def calls(self, operation: str) -> int:
-        """How many there were; each counts as it begins."""
+        """How many calls have begun."""
         return int(self.counts()["calls"].get(operation, 0))
+
+    def hung(self) -> int:
+        """How many calls got no response, because of the fault "hang"."""
+        return int(self.counts()["hung"])
 
     def messages(self) -> list[dict[str, Any]]:
         return list(self._control("GET", path="/control/messages"))
@@ -343,7 +355,7 @@ class FakeAws:
         self._control("DELETE")
 
     def _control(self, method: str, changes: Any = None, path: str = "/control") -> Any:
-        # Not urllib: a proxy of the environment must not come between.
+        # Not urllib, which would use a proxy that the environment names.
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
         try:
             connection.request(method, path, json.dumps(changes))
@@ -356,7 +368,7 @@ async def serve() -> None:
     loop, stopped, services = asyncio.get_running_loop(), asyncio.Event(), Services()
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(stop_signal, stopped.set)
-    server = await loop.create_server(lambda: Connection(services), "127.0.0.1", 0, backlog=1024)
+    server = await loop.create_server(lambda: AwsConnection(services), "127.0.0.1", 0, backlog=1024)
     host, port = server.sockets[0].getsockname()
     print(f"http://{host}:{port}", flush=True)
     await stopped.wait()

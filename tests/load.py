@@ -1,4 +1,4 @@
-"""Clients under load: each posts one message after the other and notes every answer."""
+"""Clients under load: each sends one message after the other and records every response."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-from client import BODY
+from client import BODY, WAIT
 from fake_aws import FakeAws
-from service import WAIT, eventually
+from service import eventually
 
 _numbers = itertools.count()
 
 
 @dataclass
 class Failure:
-    """A request without an answer."""
+    """A request without a complete response."""
 
     error: str
     first: bool  # on its connection: it may never have left the listener's backlog
-    part: bytes  # of an answer
+    part: bytes  # of a response
 
 
 @dataclass
 class Load:
-    """`with` it, the clients run in threads until `requests` are sent, or `stop` is called.
+    """`with` it, clients in threads send until there are `requests`, or until `stop` is called.
 
-    A client keeps its connection as long as the service does, and sends the next request as soon as
-    it has the answer to the last, whatever that is.
+    A client keeps its connection as long as the service does, and sends its next request as soon as
+    it has the response to the last.
     """
 
     port: int
@@ -45,8 +45,8 @@ class Load:
     statuses: Counter[int] = field(default_factory=Counter)
     acknowledged: dict[str, str] = field(default_factory=dict)  # request id -> message id
     failures: list[Failure] = field(default_factory=list)
-    answers: list[tuple[float, float, int]] = field(default_factory=list)  # end, seconds, status
-    retry_after: Counter[str] = field(default_factory=Counter)  # the header of 503 answers
+    responses: list[tuple[float, float, int]] = field(default_factory=list)  # end, seconds, status
+    retry_after: Counter[str] = field(default_factory=Counter)  # the header of 503 responses
 
     def __enter__(self) -> Load:
         self._stopped, self._lock = False, threading.Lock()
@@ -68,12 +68,17 @@ class Load:
             thread.join(max(0, end - time.monotonic()))
             assert not thread.is_alive(), "a client waits for ever"
 
-    def _more(self) -> bool:
+    def wait_for(self, number: int, status: int = 200) -> None:
+        """Wait until the clients have got as many more responses with the status."""
+        wanted = self.statuses[status] + number
+        eventually(lambda: self.statuses[status] >= wanted)
+
+    def _has_more(self) -> bool:
         return not self._stopped and (self.requests is None or self.sent < self.requests)
 
     def _client(self) -> None:
         connected = False
-        while self._more() and not (connected and self.hold_new_connections):
+        while self._has_more() and not (connected and self.hold_new_connections):
             with closing(HTTPConnection("127.0.0.1", self.port, timeout=WAIT)) as connection:
                 try:
                     connection.connect()
@@ -81,50 +86,50 @@ class Load:
                     time.sleep(0.02)
                     continue
                 connected = True
-                self._converse(connection)
+                self._use(connection)
 
-    def _converse(self, connection: HTTPConnection) -> None:
+    def _use(self, connection: HTTPConnection) -> None:
+        """Send one request after the other, until the connection ends."""
         first = True
-        while self._more() and connection.sock:
+        while self._has_more() and connection.sock:
             with self._lock:
                 self.sent += 1
-            headers = {"Content-Type": "application/json", "X-Request-Id": f"load-{next(_numbers)}"}
+            request_id = f"load-{next(_numbers)}"
+            headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
             begin = time.monotonic()
             try:
                 connection.request("POST", "/process", self.body, headers)
                 response = connection.getresponse()
-                answer = json.loads(response.read())
+                body = json.loads(response.read())
             except (OSError, HTTPException, ValueError) as error:
-                # Of a connection that ends without a byte of it, there is no more to say.
+                # A ConnectionError comes before the first byte of a response.
                 part = b"" if isinstance(error, ConnectionError) else repr(error).encode()
                 self.failures.append(Failure(type(error).__name__, first, part))
                 return
-            self._note(headers["X-Request-Id"], response, answer, begin)
+            retry_after = response.headers.get("Retry-After", "none")
+            self._record(request_id, response.status, retry_after, body, begin)
             first = False
 
-    def _note(self, request_id: str, response: HTTPResponse, answer: Any, begin: float) -> None:
-        now, status = time.monotonic(), response.status
+    def _record(
+        self, request_id: str, status: int, retry_after: str, body: Any, begin: float
+    ) -> None:
+        now = time.monotonic()
         with self._lock:
             self.statuses[status] += 1
-            self.answers.append((now, now - begin, status))
+            self.responses.append((now, now - begin, status))
             if status == 200:
-                self.acknowledged[request_id] = answer["message_id"]
+                self.acknowledged[request_id] = body["message_id"]
             elif status == 503:
-                self.retry_after[response.headers.get("Retry-After", "none")] += 1
-
-    def wait_for(self, number: int, status: int = 200) -> None:
-        """Until the clients have got as many answers of the status more."""
-        wanted = self.statuses[status] + number
-        eventually(lambda: self.statuses[status] >= wanted)
+                self.retry_after[retry_after] += 1
 
 
 @dataclass
 class LoadReport:
-    """What the clients were told, beside what the queue took."""
+    """The responses that the clients got, compared with the messages in the queue."""
 
     sent: int
     statuses: dict[int, int]
-    unanswered: int
+    without_response: int
     acknowledged: int
     lost: list[str]  # acknowledged, but not in the queue
     in_queue: int
@@ -132,23 +137,25 @@ class LoadReport:
 
     @classmethod
     def of(cls, fake_aws: FakeAws, *loads: Load) -> LoadReport:
-        taken = Counter(message["attributes"]["RequestId"] for message in fake_aws.messages())
-        ids = {m["message_id"]: m["attributes"]["RequestId"] for m in fake_aws.messages()}
+        messages = fake_aws.messages()
+        queued = Counter(message["attributes"]["RequestId"] for message in messages)
+        ids = {m["message_id"]: m["attributes"]["RequestId"] for m in messages}
         acknowledged = {k: v for load in loads for k, v in load.acknowledged.items()}
         return cls(
             sent=sum(load.sent for load in loads),
             statuses=dict(sum((load.statuses for load in loads), Counter[int]())),
-            unanswered=sum(len(load.failures) for load in loads),
+            without_response=sum(len(load.failures) for load in loads),
             acknowledged=len(acknowledged),
             lost=[r for r, message_id in acknowledged.items() if ids.get(message_id) != r],
-            in_queue=sum(taken.values()),
-            twice=sum(count > 1 for count in taken.values()),
+            in_queue=sum(queued.values()),
+            twice=sum(count > 1 for count in queued.values()),
         )
 
     def __str__(self) -> str:
-        answered = ", ".join(f"{n:,} x {status}" for status, n in sorted(self.statuses.items()))
+        responses = ", ".join(f"{n:,} x {status}" for status, n in sorted(self.statuses.items()))
         return (
-            f"{self.sent:,} sent; answered {answered or 'none'}; {self.unanswered:,} unanswered; "
+            f"{self.sent:,} sent; {responses or 'no response'}; "
+            f"{self.without_response:,} without a response; "
             f"{self.acknowledged:,} acknowledged, {len(self.lost)} of them lost; "
             f"{self.in_queue:,} in the queue, {self.twice:,} twice"
         )

@@ -12,7 +12,10 @@ import pytest
 
 
 class NameServer:
-    """The only one that a service knows: it says 127.0.0.1 for every name, unless it is silent."""
+    """Resolves every name to 127.0.0.1, unless `silent`.
+
+    A process that is started with `command` knows no other name server.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.silent, self.asked = False, 0
@@ -24,7 +27,7 @@ class NameServer:
             pytest.skip(f"needs the right to listen on port 53: {error}")
         resolv = folder / "resolv.conf"
         resolv.write_text(f"nameserver {address}\n")
-        # The file takes the place of the machine's own in a mount namespace of the service's.
+        # In the service's mount namespace, the file replaces the machine's resolv.conf.
         mount = f'mount --bind {resolv} "$(readlink -f /etc/resolv.conf)" && exec "$@"'
         self.command = ("unshare", "--mount", "sh", "-c", mount, "sh")
         try:
@@ -50,5 +53,5 @@ class NameServer:
             end = query.index(b"\0", 12) + 5
             is_ipv4 = query[end - 4 : end - 2] == b"\0\1"
             head = query[:2] + b"\x81\x80\0\1" + (b"\0\1" if is_ipv4 else b"\0\0") + b"\0\0\0\0"
-            answer = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
-            self._sock.sendto(head + query[12:end] + answer, client)
+            record = b"\xc0\x0c\0\1\0\1\0\0\0\0\0\4\x7f\0\0\1" if is_ipv4 else b""
+            self._sock.sendto(head + query[12:end] + record, client)

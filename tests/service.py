@@ -22,7 +22,7 @@ PROJECT = Path(__file__).parent.parent
 
 
 def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
-    """The first true value of `check`, asked again and again."""
+    """Call `check` until its value is true, and return that value."""
     end = time.monotonic() + seconds
     while not (value := check()):
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -33,13 +33,13 @@ def eventually(check: Callable[[], Any], seconds: float = WAIT) -> Any:
 def free_port() -> int:
     """A port that no other process gets until the tests end.
 
-    A socket is bound to it that does not listen: with SO_REUSEADDR on both, Gunicorn still can.
+    A socket stays bound to it without listening. SO_REUSEADDR lets Gunicorn bind to it too.
     """
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", 0))
     port = int(sock.getsockname()[1])
-    sock.detach()  # it stays open
+    sock.detach()  # leaves it open
     return port
 
 
@@ -50,7 +50,7 @@ def is_listening(port: int) -> bool:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """Nothing of the caller's own configuration but what starts a process."""
+    """Environment of a child process: the variables, and those of the caller that a start needs."""
     keep = ("PATH", "HOME", "LANG", "COVERAGE_PROCESS_CONFIG")
     kept = {name: os.environ[name] for name in keep if name in os.environ}
     return {**kept, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", **variables}
@@ -60,18 +60,30 @@ def gunicorn(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "gunicorn", *arguments]
 
 
+def run_gunicorn(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Gunicorn where it is expected to end by itself."""
+    return subprocess.run(
+        arguments or gunicorn(),
+        cwd=PROJECT,
+        env=clean_environment(SQS_QUEUE_URL="http://sqs/queue", **variables),
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
+
+
 def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def has_booted(worker: int) -> bool:
-    """Whether it heeds signals by itself: a fork has its master's handlers at first."""
+    """Whether the worker has its own signal handlers: a fork has its master's at first."""
     caught = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{worker}/status").read_text(), re.M)
     return bool(caught) and not int(caught[1], 16) >> (signal.SIGHUP - 1) & 1
 
 
 def metrics_folder(pid: int) -> Path:
-    """Where a process keeps the files of its metrics: it has them in its memory."""
+    """The folder of the process's metrics files, which are mapped into its memory."""
     (folder,) = set(
         re.findall(r" (/\S+)/[^/\s]+\.db$", Path(f"/proc/{pid}/maps").read_text(), re.M)
     )
@@ -80,7 +92,7 @@ def metrics_folder(pid: int) -> Path:
 
 @dataclass
 class ServiceProcess:
-    """`gunicorn` in the project's folder, as in production."""
+    """The service, started by `gunicorn` in the project's folder as in production."""
 
     temporary: Path
     variables: dict[str, str]
@@ -103,7 +115,7 @@ class ServiceProcess:
                 start_new_session=True,
             )
         try:
-            eventually(self._answers)
+            eventually(self._is_ready)
         except BaseException:
             self.stop()
             raise
@@ -113,21 +125,21 @@ class ServiceProcess:
         self.stop()
 
     def stop(self, seconds: float = WAIT) -> float:
-        """Ask it to stop, and return how many seconds that took."""
+        """Send SIGTERM, wait for the end, and return the seconds that it took."""
         begin = time.monotonic()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.process.kill()  # the workers see that their parent is gone
+            self.process.kill()  # the workers notice that their parent has ended
             self.process.wait(seconds)
             raise
         return time.monotonic() - begin
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.errors()
-        # All, as the connections of a load stay with the workers that are there when it begins.
+        # All workers: the connections of a load stay with those that exist when it begins.
         workers = self.workers()
         if len(workers) < int(self.variables.get("GUNICORN_WORKERS", "4")):
             return False
@@ -145,7 +157,7 @@ class ServiceProcess:
         return Client(self.port, host, buffer)
 
     def request(self, *parts: bytes) -> Response:
-        """The answer to one request on a connection of its own."""
+        """Send one request on a new connection."""
         with self.connect() as client:
             return client.send(*parts).response()
 
@@ -153,7 +165,7 @@ class ServiceProcess:
         return self.request(request_head("GET", path, "Connection: close"))
 
     def metrics(self) -> dict[str, float]:
-        """The samples of /metrics, by name and labels as they stand there."""
+        """The samples of /metrics by name with labels, as /metrics writes them."""
         lines = self.get("/metrics").body.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
         return {name: float(value) for name, _, value in samples}
@@ -176,5 +188,5 @@ StartService = Callable[..., ServiceProcess]
 
 
 def kill(pid: int) -> None:
-    """By process id: a worker that the test's own service has started."""
+    """Kill a worker of the test's own service."""
     os.kill(pid, signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from fake_aws import FakeAws, Services, Settings
+from fake_aws import Behavior, FakeAws, Services
 from service import PROJECT
 
 sys.path.insert(0, str(PROJECT / "bench"))
@@ -51,7 +51,7 @@ def test_every_contender_is_there() -> None:
 def test_fake_has_all_that_is_asked_of_it(fake_aws_process: FakeAws) -> None:
     asked = set(re.findall(r"\baws\.(\w+)", SOURCE))
     assert {name for name in asked if not hasattr(fake_aws_process, name)} == set()
-    assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Settings()).keys()
+    assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Behavior()).keys()
     counts = set(re.findall(r'\b(?:before|after)\["(\w+)"\]', SOURCE))
     assert counts <= fake_aws_process.counts().keys()
     operations = {

@@ -43,6 +43,7 @@ def observed(start_service: StartService, fake_aws_process: FakeAws) -> tuple[li
 
         eventually(token_not_read)
         metrics, lines = service.get("/metrics").body.decode(), service.log()
+    fake_aws_process.set(faults={})
     kubernetes = {"namespace_name": "email-processor", "pod_name": "a pod"}
     records = [
         {"@timestamp": line["time"], "kubernetes": kubernetes, "log_processed": line}
