@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 pytest.register_assert_rewrite("client", "load", "service")
 
+from client import Client  # noqa: E402
 from fake_aws import PARAMETER, TOKEN, FakeAws  # noqa: E402
 from name_server import NameServer  # noqa: E402
 from service import ServiceProcess, StartService  # noqa: E402
@@ -67,6 +68,13 @@ def start_service(
         return ServiceProcess(folder, {**fake_aws_process.variables(), **variables})
 
     return make
+
+
+@pytest.fixture
+def client(service: ServiceProcess) -> Iterator[Client]:
+    """A connection to the `service` of the test's file."""
+    with service.connect() as client:
+        yield client
 
 
 @pytest.fixture

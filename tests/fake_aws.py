@@ -1,6 +1,6 @@
 """A fast fake of SSM, SQS and STS over real HTTP, whose faults can be changed while it runs.
 
-`python tests/fake_aws.py` prints its URL and serves until told to stop; tests and the benchmark
+`python tests/fake_aws.py` prints its URL and serves until SIGTERM; tests and the benchmark
 start it with the class FakeAws. One asyncio protocol and no framework: it must not limit a
 measurement. Besides the services it serves /control:
 
@@ -10,7 +10,7 @@ measurement. Besides the services it serves /control:
             {"kind": "hang"}                    no response; the connection closes when the fault
                                                 ends or, with "for_good", never
             {"kind": "reset"}                   the connection is reset, nothing is accepted
-            {"kind": "lost_answer"}             accepted, but the connection is reset
+            {"kind": "lost_response"}             accepted, but the connection is reset
             {"kind": "error", "status": 500, "code": "InternalFailure"}
             {"kind": "garbage"}                 200 with a body that is no JSON
             {"kind": "trickle"}                 a response that never ends, byte by byte
@@ -253,7 +253,7 @@ class AwsConnection(asyncio.Protocol):
             status, body, header = error.status, error.body, error.header
         delay = self.services.behavior.latency_ms / 1000
         delay += fault["seconds"] if kind == "delay" else 0
-        if kind in ("reset", "lost_answer"):
+        if kind in ("reset", "lost_response"):
             self.loop.call_later(delay, self.reset)
             return
         if delay:

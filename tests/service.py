@@ -1,4 +1,4 @@
-"""The service in a process of its own: Gunicorn as in production, or another command."""
+"""The service in a separate process: Gunicorn as in production, or another command."""
 
 from __future__ import annotations
 

@@ -493,7 +493,7 @@ def test_throttling_in_any_spelling_is_temporary(code: str, status: int, tempora
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("lost_answer", "ConnectionClosedError"),
+        ("lost_response", "ConnectionClosedError"),
         ("huge", "ConnectionClosedError"),
         ("garbage", "JSONDecodeError"),
     ],
@@ -580,7 +580,7 @@ def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPat
 def test_message_is_sent_once_when_its_connection_dies(fake_aws: FakeAws) -> None:
     sqs = client()
     send(sqs)  # the connection is kept
-    fake_aws.set(faults={"*": {"kind": "lost_answer"}})
+    fake_aws.set(faults={"*": {"kind": "lost_response"}})
     assert cause(sqs) == "ConnectionClosedError"
     assert fake_aws.calls("SendMessage") == 2
 

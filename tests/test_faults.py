@@ -198,7 +198,7 @@ NO_QUEUE = "AWS.SimpleQueueService.NonExistentQueue"
 DENIED = {"kind": "error", "status": 403, "code": "AccessDenied"}
 SQS_FAULTS = {
     "resets connections": {"kind": "reset"},
-    "loses responses": {"kind": "lost_answer"},
+    "loses responses": {"kind": "lost_response"},
     "sends garbage": {"kind": "garbage"},
     "rejects expired credentials": {"kind": "error", "status": 403, "code": "ExpiredToken"},
     "denies access": DENIED,
@@ -224,7 +224,7 @@ def test_sqs_that_misbehaves_for_a_while_loses_nothing(
             notes = f"{time.monotonic() - back:.1f} s until 32 are served again"
         report = check_load(f"SQS {name}", load, statuses={200, 503}, notes=notes)
         # A message is sent again only if its first call may have failed.
-        assert report.twice == 0 or fault["kind"] in ("lost_answer", "garbage")
+        assert report.twice == 0 or fault["kind"] in ("lost_response", "garbage")
 
 
 def test_silent_name_servers_are_refused_at_once(

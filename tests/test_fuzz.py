@@ -96,7 +96,7 @@ def respond(
 
 # --- Strategies -----------------------------------------------------------------------------------
 
-# st.text() has no surrogates of its own; json.dumps writes a lone one as an escape.
+# st.text() makes no surrogates; json.dumps writes a lone one as an escape.
 TEXTS = st.text() | st.text(st.characters(categories=["Cs", "Cc", "Zs", "L"]))
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
 VALUES = st.recursive(

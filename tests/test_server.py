@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from client import BODY, DATA, chunk, post, post_head, request_head
+from client import BODY, DATA, Client, chunk, post, post_head, request_head
 from fake_aws import TOKEN, FakeAws
 from prometheus_client import REGISTRY
 from service import (
@@ -95,12 +95,11 @@ OVERSIZED = {
 
 
 @pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED)
-def test_oversized_body_is_413_before_it_is_sent(service: ServiceProcess, sent: bytes) -> None:
-    with service.connect() as client:
-        response = client.send(sent).response()
-        assert (response.status, response.error) == (413, "request_too_large")
-        assert response.headers["Connection"] == "close"
-        assert client.is_closed()
+def test_oversized_body_is_413_before_it_is_sent(client: Client, sent: bytes) -> None:
+    response = client.send(sent).response()
+    assert (response.status, response.error) == (413, "request_too_large")
+    assert response.headers["Connection"] == "close"
+    assert client.is_closed()
 
 
 @pytest.mark.parametrize(
@@ -159,30 +158,25 @@ def test_expected_continue_is_sent_once(service: ServiceProcess, head: bytes, bo
     ],
     ids=["oversized", "two lengths", "unknown", "unknown and known", "with its body", "HTTP/1.0"],
 )
-def test_continue_is_not_sent_for_a_body_that_is_not_awaited(
-    service: ServiceProcess, sent: bytes
-) -> None:
-    with service.connect() as client:
-        client.send(sent).sock.shutdown(socket.SHUT_WR)
-        assert b"100 Continue" not in client.read_to_end()
+def test_continue_is_not_sent_for_a_body_that_is_not_awaited(client: Client, sent: bytes) -> None:
+    client.send(sent).sock.shutdown(socket.SHUT_WR)
+    assert b"100 Continue" not in client.read_to_end()
 
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloX\r\n0\r\n\r\n"])
-def test_malformed_chunks_are_400_and_close(service: ServiceProcess, rest: bytes) -> None:
-    with service.connect() as client:
-        response = client.send(post_head(CHUNKED), rest).response()
-        assert (response.status, response.error) == (400, "invalid_json")
-        assert response.headers["Connection"] == "close"
-        assert client.is_closed()
+def test_malformed_chunks_are_400_and_close(client: Client, rest: bytes) -> None:
+    response = client.send(post_head(CHUNKED), rest).response()
+    assert (response.status, response.error) == (400, "invalid_json")
+    assert response.headers["Connection"] == "close"
+    assert client.is_closed()
 
 
 @pytest.mark.parametrize(
     "sent", [post_head("Content-Length: 1000") + BODY, post_head(CHUNKED) + chunk(BODY)]
 )
-def test_truncated_body_is_400(service: ServiceProcess, sent: bytes) -> None:
-    with service.connect() as client:
-        client.send(sent).sock.shutdown(socket.SHUT_WR)
-        assert client.response().error == "invalid_json"
+def test_truncated_body_is_400(client: Client, sent: bytes) -> None:
+    client.send(sent).sock.shutdown(socket.SHUT_WR)
+    assert client.response().error == "invalid_json"
 
 
 # --- Deadlines ------------------------------------------------------------------------------------
@@ -241,7 +235,7 @@ def test_line_break_behind_a_body_has_no_deadline(
 # --- Connections ----------------------------------------------------------------------------------
 
 
-def test_connection_is_kept_alive_after_every_kind_of_response(service: ServiceProcess) -> None:
+def test_connection_is_kept_alive_after_every_kind_of_response(client: Client) -> None:
     requests = {
         post(): 200,
         post(b"{"): 400,
@@ -251,49 +245,41 @@ def test_connection_is_kept_alive_after_every_kind_of_response(service: ServiceP
         post(BODY, path="//process"): 404,
         HEALTH: 200,
     }
-    with service.connect() as client:
-        for sent, status in requests.items():
-            response = client.send(sent).response()
-            assert response.status == status
-            assert response.headers["Connection"] == "keep-alive"
+    for sent, status in requests.items():
+        response = client.send(sent).response()
+        assert response.status == status
+        assert response.headers["Connection"] == "keep-alive"
 
 
 @pytest.mark.parametrize("size", [7, 300, 10_000])
-def test_pipelined_requests_get_their_responses_in_order(
-    service: ServiceProcess, size: int
-) -> None:
+def test_pipelined_requests_get_their_responses_in_order(client: Client, size: int) -> None:
     """Also behind messages that wait for SQS and occupy no thread."""
     nothing = request_head("GET", "/nothing")
     chunked = post_head(CHUNKED) + chunk(BODY) + chunk(b"")
     sent = [post(b"{"), post(), HEALTH, chunked, nothing, b"\r\n" + post(), HEALTH, nothing]
     stream = b"".join(sent)
-    with service.connect() as client:
-        for start in range(0, len(stream), size):
-            client.send(stream[start : start + size])
-        responses = [client.response() for _ in sent]
+    for start in range(0, len(stream), size):
+        client.send(stream[start : start + size])
+    responses = [client.response() for _ in sent]
     assert [response.status for response in responses] == [400, 200, 200, 200, 404, 200, 200, 404]
     assert [n for n, response in enumerate(responses) if "message_id" in response.json] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("options", ["close", "TE, close", "keep-alive, close", "Close ,TE"])
-def test_connection_closes_when_the_client_asks_for_it(
-    service: ServiceProcess, options: str
-) -> None:
-    with service.connect() as client:
-        response = client.send(post(BODY, f"Connection: {options}")).response()
-        assert response.headers["Connection"] == "close"
-        assert client.is_closed()
+def test_connection_closes_when_the_client_asks_for_it(client: Client, options: str) -> None:
+    response = client.send(post(BODY, f"Connection: {options}")).response()
+    assert response.headers["Connection"] == "close"
+    assert client.is_closed()
 
 
 @pytest.mark.parametrize(("header", "closes"), [("A: b", True), ("Connection: keep-alive", False)])
 def test_http_1_0_connection_closes_unless_kept_alive(
-    service: ServiceProcess, header: str, closes: bool
+    client: Client, header: str, closes: bool
 ) -> None:
-    with service.connect() as client:
-        client.send(post(BODY, header).replace(b" HTTP/1.1", b" HTTP/1.0"))
-        response = client.response()
-        assert (response.status, response.headers["Connection"] == "close") == (200, closes)
-        assert client.is_closed() if closes else client.send(post()).response().status == 200
+    client.send(post(BODY, header).replace(b" HTTP/1.1", b" HTTP/1.0"))
+    response = client.response()
+    assert (response.status, response.headers["Connection"] == "close") == (200, closes)
+    assert client.is_closed() if closes else client.send(post()).response().status == 200
 
 
 # --- Heads that Gunicorn rejects, or might reject -------------------------------------------------
@@ -316,16 +302,13 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("head", UNREADABLE)
-def test_malformed_head_is_rejected_in_json_without_its_body(
-    service: ServiceProcess, head: str
-) -> None:
-    with service.connect() as client:
-        begin = time.monotonic()
-        response = client.send(UNREADABLE[head]).response()
-        assert time.monotonic() - begin < TOO_LATE, "the service has waited for a body"
-        assert response.error == ("request_too_large" if "too" in head else "invalid_json")
-        assert response.headers["Connection"] == "close"
-        assert client.is_closed()
+def test_malformed_head_is_rejected_in_json_without_its_body(client: Client, head: str) -> None:
+    begin = time.monotonic()
+    response = client.send(UNREADABLE[head]).response()
+    assert time.monotonic() - begin < TOO_LATE, "the service has waited for a body"
+    assert response.error == ("request_too_large" if "too" in head else "invalid_json")
+    assert response.headers["Connection"] == "close"
+    assert client.is_closed()
 
 
 SCHEMES = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-SSL: off")
@@ -348,12 +331,13 @@ def test_odd_but_well_formed_head_is_accepted(service: ServiceProcess, sent: byt
 # --- The log --------------------------------------------------------------------------------------
 
 
-def test_bytes_behind_a_too_short_length_are_not_logged(service: ServiceProcess) -> None:
-    with service.connect() as client:
-        client.send(post_head("Content-Length: 2"), b'{}"token": "SECRET-token"\r\n\r\n')
-        assert client.response().status == 401
-        rejected = client.response()
-        assert rejected.status == 400
+def test_bytes_behind_a_too_short_length_are_not_logged(
+    service: ServiceProcess, client: Client
+) -> None:
+    client.send(post_head("Content-Length: 2"), b'{}"token": "SECRET-token"\r\n\r\n')
+    assert client.response().status == 401
+    rejected = client.response()
+    assert rejected.status == 400
     eventually(lambda: str(rejected.headers["X-Request-Id"]) in service.output())
     assert "SECRET" not in service.output()
 

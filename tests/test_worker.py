@@ -199,32 +199,26 @@ def test_crowd_that_never_stops_sending_delays_no_other_client(
 # --- Single clients -------------------------------------------------------------------------------
 
 
-def test_half_closed_client_gets_the_responses_to_its_pipelined_requests(
-    service: ServiceProcess,
-) -> None:
-    with service.connect() as client:
-        client.send(HEALTH * 5).sock.shutdown(socket.SHUT_WR)
-        assert [client.response().status for _ in range(5)] == [200] * 5
-        assert client.is_closed()
+def test_half_closed_client_gets_the_responses_to_its_pipelined_requests(client: Client) -> None:
+    client.send(HEALTH * 5).sock.shutdown(socket.SHUT_WR)
+    assert [client.response().status for _ in range(5)] == [200] * 5
+    assert client.is_closed()
 
 
 @pytest.mark.parametrize(
     ("sent", "status"), [(CLOSE, 200), (post_head("Content-Length: 3000000"), 413)]
 )
-def test_client_that_does_not_close_is_reset(
-    service: ServiceProcess, sent: bytes, status: int
-) -> None:
-    with service.connect() as client:
-        assert client.send(sent).response().status == status
+def test_client_that_does_not_close_is_reset(client: Client, sent: bytes, status: int) -> None:
+    assert client.send(sent).response().status == status
 
-        def is_reset() -> bool:
-            try:
-                client.sock.sendall(b"x")
-            except OSError:
-                return True
-            return False
+    def is_reset() -> bool:
+        try:
+            client.sock.sendall(b"x")
+        except OSError:
+            return True
+        return False
 
-        eventually(is_reset)
+    eventually(is_reset)
 
 
 @pytest.mark.parametrize("end", [b"\n\r\n\r\n", b"x\r\r\n\r\n", b"x\r\n\r\n"])
