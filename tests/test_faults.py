@@ -89,7 +89,7 @@ def seconds_of_health(service: ServiceProcess, times: int = 1) -> float:
 # --- SQS ------------------------------------------------------------------------------------------
 
 
-def test_healthy_day_queues_every_message(
+def test_every_message_is_queued_while_aws_works(
     start_service: StartService, check_load: Check, full: bool
 ) -> None:
     number = 10_000 if full else 600
@@ -129,7 +129,7 @@ def test_sqs_that_fails_a_share_of_calls_loses_no_message(
     assert not report.twice
 
 
-def test_batch_entries_that_fail_fail_alone(
+def test_failed_batch_entries_are_the_only_ones_to_fail(
     start_service: StartService, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     fake_aws.set(faults={"SendMessageBatch": {"kind": "fail_entries", "share": 0.1}})
@@ -141,7 +141,7 @@ def test_batch_entries_that_fail_fail_alone(
     assert not report.twice
 
 
-def test_sqs_that_hangs_is_refused_at_once(
+def test_sqs_that_hangs_opens_the_circuit(
     start_service: StartService, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     """At first it hangs; then it is back but slow; then it is as before."""
@@ -177,7 +177,7 @@ def test_sqs_that_hangs_is_refused_at_once(
     assert all(int(seconds) > 0 for seconds in load.retry_after)
 
 
-def test_single_calls_that_hang_refuse_nobody_else(
+def test_single_calls_that_hang_delay_no_other_message(
     start_service: StartService, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     with start_service() as service:
@@ -207,7 +207,7 @@ SQS_FAULTS = {
 }
 
 
-def test_sqs_that_misbehaves_for_a_while_loses_nothing(
+def test_sqs_that_fails_for_a_while_loses_no_message(
     service: ServiceProcess, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     for name, fault in SQS_FAULTS.items():
@@ -227,7 +227,7 @@ def test_sqs_that_misbehaves_for_a_while_loses_nothing(
         assert report.twice == 0 or fault["kind"] in ("lost_response", "garbage")
 
 
-def test_silent_name_servers_are_refused_at_once(
+def test_silent_name_servers_open_the_circuit(
     start_service: StartService, fake_aws: FakeAws, name_server: NameServer, check_load: Check
 ) -> None:
     endpoint = f"http://aws.email-processor.test:{fake_aws.url.rpartition(':')[2]}"
@@ -254,7 +254,7 @@ def test_silent_name_servers_are_refused_at_once(
     assert health < CALL_TIMEOUT
 
 
-def test_queue_that_hangs_at_the_start_is_refused_to_all(
+def test_queue_that_hangs_at_the_start_is_503_for_all(
     start_service: StartService, fake_aws: FakeAws, figures: Figures
 ) -> None:
     fake_aws.set(faults={"SQS": {"kind": "hang"}})
@@ -273,7 +273,7 @@ def test_queue_that_hangs_at_the_start_is_refused_to_all(
     ("operation", "error"),
     [("GetParameters", "token_store_unavailable"), ("GetQueueAttributes", "queue_unavailable")],
 )
-def test_aws_out_of_reach_at_the_start_is_named_by_ready(
+def test_unreachable_aws_is_named_by_ready(
     start_service: StartService, fake_aws: FakeAws, figures: Figures, operation: str, error: str
 ) -> None:
     fake_aws.set(faults={operation: DENIED})
@@ -307,7 +307,7 @@ SSM_FAULTS = {
 }
 
 
-def test_ssm_down_after_the_start_refuses_nobody(
+def test_last_known_token_works_while_ssm_is_down(
     start_service: StartService, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     """Each fault lasts until the cache has expired, and the worker has tried to read again."""
@@ -325,7 +325,7 @@ def test_ssm_down_after_the_start_refuses_nobody(
             check_load(f"SSM {name} after the start", load, statuses={200}, notes=notes)
 
 
-def test_credentials_that_do_not_come_hold_no_request(
+def test_missing_credentials_are_503_in_time(
     start_service: StartService, fake_aws: FakeAws, figures: Figures, tmp_path: Path
 ) -> None:
     identity = tmp_path / "token"
@@ -365,7 +365,7 @@ def test_rotated_token_works_at_once(
     assert new == [200] * 20
 
 
-def test_rotation_with_two_parameters_refuses_nobody(
+def test_rotation_with_two_parameters_rejects_no_request(
     start_service: StartService, fake_aws: FakeAws, check_load: Check
 ) -> None:
     names = {"TOKEN_SSM_PARAMETER": "/token/a,/token/b"}
@@ -386,7 +386,7 @@ def test_rotation_with_two_parameters_refuses_nobody(
     check_load("token rotated with two parameters", old, new, statuses={200})
 
 
-def test_flood_of_wrong_tokens_leaves_ssm_alone(
+def test_flood_of_wrong_tokens_does_not_reach_ssm(
     service: ServiceProcess, fake_aws: FakeAws, check_load: Check, full: bool
 ) -> None:
     begin = time.monotonic()
@@ -432,7 +432,7 @@ def test_hundreds_of_stalled_bodies_delay_no_other_client(
     assert health < CALL_TIMEOUT
 
 
-def test_overload_loses_nothing_and_leaves_health_alone(
+def test_overload_loses_no_message_and_delays_no_probe(
     start_service: StartService, check_load: Check, full: bool
 ) -> None:
     """Many more clients than a pod can serve, none of which pauses."""
@@ -472,7 +472,7 @@ def test_slow_readers_hold_no_thread_and_are_closed(
 
 
 @pytest.mark.parametrize("held_back", [False, True], ids=["at once", "after preStop"])
-def test_sigterm_under_load_answers_what_was_begun(
+def test_sigterm_under_load_serves_every_accepted_request(
     start_service: StartService, fake_aws: FakeAws, figures: Figures, full: bool, held_back: bool
 ) -> None:
     """In the cluster, the pod leaves the load balancer, and the preStop sleep passes, before."""
@@ -500,7 +500,7 @@ DURATIONS = "email_processor_request_duration_seconds_count"
 MESSAGES = "email_processor_sqs_batch_size_sum"
 
 
-def test_killed_workers_lose_nothing_acknowledged_or_counted(
+def test_killed_workers_lose_no_message_and_no_count(
     service: ServiceProcess, fake_aws: FakeAws, figures: Figures, full: bool
 ) -> None:
     """Every response that a client got is counted. A request in flight in a killed worker may be
@@ -577,7 +577,7 @@ def damaged(chance: random.Random) -> bytes:
     return request
 
 
-def test_fuzzed_requests_end_no_worker(
+def test_damaged_requests_end_no_worker(
     service: ServiceProcess, figures: Figures, full: bool
 ) -> None:
     number, workers = 100_000 if full else 2000, service.workers()
