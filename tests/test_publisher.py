@@ -1,7 +1,7 @@
-"""The publisher under any interleaving of requests, calls of SQS and failures.
+"""The publisher under any interleaving of messages, calls of SQS and failures.
 
-A scripted SQS holds every call until the script ends it, and the clock moves when the script moves
-it. The executor runs one task at a time, so each step happens in a known state.
+Each call of SQS is held until the test ends it, and the clock moves when the test moves it. The
+executor runs one task at a time, so each step happens in a known state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError, ConnectTimeoutError, ReadTimeoutError
+from fake_aws import message_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 import app
 
-QUEUE = "https://sqs.us-west-1.amazonaws.com/123456789012/dev-CP-queue"
+QUEUE_URL = "https://sqs.us-west-1.amazonaws.com/123456789012/dev-CP-queue"
 LIMIT = app.Publisher.MAX_BYTES
 
 
@@ -35,275 +36,250 @@ def aws_error(code: str, status: int, text: str = "as AWS puts it") -> ClientErr
     return ClientError({**response, "ResponseMetadata": {"HTTPStatusCode": status}}, "Send")
 
 
-# How a call ends: its exception, and whether SQS has taken the messages.
+# How a call fails: its exception, and whether SQS has accepted the messages.
 FAILURES: dict[str, tuple[Exception, bool]] = {
     "server error": (aws_error("InternalFailure", 500), False),
     "throttled": (aws_error("ThrottlingException", 400), False),
-    "too many": (aws_error("TooManyRequests", 429), False),
-    "denied": (aws_error("AccessDenied", 403), False),
-    "no queue": (aws_error("AWS.SimpleQueueService.NonExistentQueue", 400), False),
-    "refused": (aws_error("InvalidParameterValue", 400), False),
+    "access denied": (aws_error("AccessDenied", 403), False),
+    "no such queue": (aws_error("AWS.SimpleQueueService.NonExistentQueue", 400), False),
+    "rejected": (aws_error("InvalidParameterValue", 400), False),
     "too large": (aws_error("InvalidParameterValue", 400, "must be shorter than 9 bytes"), False),
-    "no answer": (ReadTimeoutError(endpoint_url="https://aws.invalid"), False),
-    "no connection": (ConnectTimeoutError(endpoint_url="https://aws.invalid"), False),
-    "lost answer": (ReadTimeoutError(endpoint_url="https://aws.invalid"), True),
-    "garbled": (KeyError("MessageId"), True),
+    "read timeout": (ReadTimeoutError(endpoint_url="https://aws.invalid"), False),
+    "connect timeout": (ConnectTimeoutError(endpoint_url="https://aws.invalid"), False),
+    "lost response": (ReadTimeoutError(endpoint_url="https://aws.invalid"), True),
+    "garbled response": (KeyError("MessageId"), True),
 }
-SENT, FAULT, BUSY, LEFT_OUT = "sent", "sender fault", "service busy", "not in the answer"
-NAMELESS = "sent without a MessageId"
+# How an entry of a successful call ends.
+ACCEPTED, SENDER_FAULT, BUSY, LEFT_OUT = "accepted", "SenderFault", "ServiceBusy", "left out"
+WITHOUT_ID = "accepted, without a MessageId"
+# The outcome of a message.
+WAITING, SENT, UNAVAILABLE, TOO_LARGE = "waiting", "sent", "queue_unavailable", "message_too_large"
 
 
-class Tasks(Executor):
-    """Keeps tasks until the script runs them. Each has a thread, but only one thread runs: a task
-    has the turn until it ends, or until its call of SQS waits for the script.
-    """
+class StepExecutor(Executor):
+    """Runs each task in a thread, one at a time: until it ends, or its call of SQS is held."""
 
     def __init__(self) -> None:
-        self.submitted: deque[Callable[[], Any]] = deque()
+        self._submitted: deque[Callable[[], Any]] = deque()
         self._paused = threading.Semaphore(0)
 
     def submit(self, task: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
-        self.submitted.append(partial(task, *arguments, **options))
+        self._submitted.append(partial(task, *arguments, **options))
         return Future()
 
     def run_submitted(self) -> None:
-        while self.submitted:
-            task = self.submitted.popleft()
+        while self._submitted:
+            task = self._submitted.popleft()
             threading.Thread(target=self._run, args=(task,), daemon=True).start()
-            self._take_turn_back()
+            assert self._paused.acquire(timeout=60)
 
-    def resume(self, event: threading.Event) -> None:
-        event.set()
-        self._take_turn_back()
-        self.run_submitted()
-
-    def wait(self, event: threading.Event) -> None:
-        """Of a task: give the turn back until the event."""
+    def hold(self, call: Call) -> None:
+        """In a task: wait until the test ends the call."""
         self._paused.release()
-        assert event.wait(60), "the script forgot a call"
+        assert call.ended.wait(60), "the test has not ended a call"
+
+    def resume(self, call: Call) -> None:
+        call.ended.set()
+        assert self._paused.acquire(timeout=60)
+        self.run_submitted()
 
     def _run(self, task: Callable[[], Any]) -> None:
         try:
             task()
-        except Exception:  # as in an executor's future that nothing reads
-            logging.getLogger("tasks").exception("task failed")
+        except Exception:
+            logging.getLogger("executor").exception("task failed")
         finally:
             self._paused.release()
-
-    def _take_turn_back(self) -> None:
-        assert self._paused.acquire(timeout=60)
 
 
 @dataclass(eq=False)
 class Call:
+    """SendMessage, or SendMessageBatch."""
+
     entries: list[dict[str, Any]]
-    single: bool
-    probe: bool  # made by the client with less time
-    beside: int  # calls that were in flight when it began
-    end: threading.Event = field(default_factory=threading.Event)
+    is_probe: bool  # made by the client with less time
+    ended: threading.Event = field(default_factory=threading.Event)
     failure: str = ""
-    results: list[str] = field(default_factory=list)  # of the entries; further ones are sent
+    results: list[str] = field(default_factory=list)  # of the entries; others are accepted
 
     @property
     def bodies(self) -> list[str]:
         return [entry["MessageBody"] for entry in self.entries]
 
 
-class Queue:
-    """An SQS whose calls end when the script says so; it knows what it took."""
+class HeldSqs:
+    """An SQS whose calls are in flight until the test ends them."""
 
-    def __init__(self, tasks: Tasks) -> None:
-        self.tasks = tasks
-        self.calls: list[Call] = []  # in flight
-        self.made: list[Call] = []
-        self.taken: list[tuple[str, str]] = []  # (body, MessageId)
-        self.ambiguous: set[str] = set()  # taken, but the answer says otherwise
-        self.limit: Any = LIMIT
-        self.reads = 0  # of it
+    def __init__(self, executor: StepExecutor, limit: int | Exception) -> None:
+        self._executor = executor
+        self.limit, self.limit_reads = limit, 0
+        self.in_flight: list[Call] = []
+        self.calls: list[Call] = []
+        self.accepted: list[tuple[str, str]] = []  # (body, MessageId)
+        self.unreported: set[str] = set()  # accepted by a call that failed
 
     def get_queue_attributes(self, **_: Any) -> dict[str, Any]:
-        self.reads += 1
+        self.limit_reads += 1
         if isinstance(self.limit, Exception):
             raise self.limit
         return {"Attributes": {"MaximumMessageSize": str(self.limit)}}
 
-    def send_message(self, probe: bool = False, **entry: Any) -> dict[str, Any]:
-        assert entry.pop("QueueUrl").startswith(QUEUE)
-        call = self._hold([entry], single=True, probe=probe)
-        if call.results[:1] in ([FAULT], [BUSY]):
-            raise aws_error("InvalidMessageContents", 400 if call.results[0] == FAULT else 503)
-        return {} if call.results[:1] == [LEFT_OUT] else {"MessageId": self._take(entry)}
+    def send_message(self, is_probe: bool = False, **entry: Any) -> dict[str, Any]:
+        assert entry.pop("QueueUrl").startswith(QUEUE_URL)
+        call = self._hold(Call([entry], is_probe))
+        (result,) = call.results[:1] or [ACCEPTED]
+        if result in (SENDER_FAULT, BUSY):
+            raise aws_error("InvalidMessageContents", 400 if result == SENDER_FAULT else 503)
+        return {} if result == LEFT_OUT else {"MessageId": self._accept(entry)}
 
-    def send_message_batch(self, probe: bool = False, **batch: Any) -> dict[str, Any]:
-        assert batch["QueueUrl"].startswith(QUEUE)
-        call = self._hold(batch["Entries"], single=False, probe=probe)
-        answer: dict[str, Any] = {"Successful": [], "Failed": []}
+    def send_message_batch(self, is_probe: bool = False, **batch: Any) -> dict[str, Any]:
+        assert batch["QueueUrl"].startswith(QUEUE_URL)
+        call = self._hold(Call(batch["Entries"], is_probe))
+        response: dict[str, Any] = {"Successful": [], "Failed": []}
         results = call.results[: len(call.entries)]
-        for entry, result in zip_longest(call.entries, results, fillvalue=SENT):
-            if result == SENT:
-                message_id = self._take(entry)
-                answer["Successful"].insert(0, {"Id": entry["Id"], "MessageId": message_id})
-            elif result == NAMELESS:
-                answer["Successful"].append({"Id": entry["Id"]})
+        for entry, result in zip_longest(call.entries, results, fillvalue=ACCEPTED):
+            if result == ACCEPTED:
+                sent = {"Id": entry["Id"], "MessageId": self._accept(entry)}
+                response["Successful"].insert(0, sent)
+            elif result == WITHOUT_ID:
+                response["Successful"].append({"Id": entry["Id"]})
             elif result != LEFT_OUT:
-                failed = {"Id": entry["Id"], "SenderFault": result == FAULT, "Code": result}
-                answer["Failed"].append(failed)
-        return answer
+                failed = {"Id": entry["Id"], "SenderFault": result == SENDER_FAULT, "Code": result}
+                response["Failed"].append(failed)
+        return response
 
-    def _hold(self, entries: list[dict[str, Any]], single: bool, probe: bool) -> Call:
-        call = Call(entries, single, probe, beside=len(self.calls))
+    def _hold(self, call: Call) -> Call:
+        self.in_flight.append(call)
         self.calls.append(call)
-        self.made.append(call)
-        self.tasks.wait(call.end)
-        self.calls.remove(call)
+        self._executor.hold(call)
+        self.in_flight.remove(call)
         if call.failure:
-            error, taken = FAILURES[call.failure]
-            for entry in entries if taken else []:
-                self.ambiguous.add(entry["MessageBody"])
-                self._take(entry)
+            error, is_accepted = FAILURES[call.failure]
+            for entry in call.entries if is_accepted else []:
+                self.unreported.add(entry["MessageBody"])
+                self._accept(entry)
             raise error
         return call
 
-    def _take(self, entry: dict[str, Any]) -> str:
-        message_id = f"id-{len(self.taken)}"
-        self.taken.append((entry["MessageBody"], message_id))
+    def _accept(self, entry: dict[str, Any]) -> str:
+        message_id = f"id-{len(self.accepted)}"
+        self.accepted.append((entry["MessageBody"], message_id))
         return message_id
 
 
-class Requests:
-    """Requests that publish, and what becomes of each."""
+class Publishing:
+    """A publisher, the messages that requests publish, and the calls of SQS."""
 
     def __init__(
-        self, calls: int = 1, fifo: bool = False, seconds: float = 60, limit: Any = LIMIT
+        self,
+        messages: int = 0,
+        calls_in_flight: int = 1,
+        fifo: bool = False,
+        deadline: float = 60,
+        limit: int | Exception = LIMIT,
     ) -> None:
-        self.tasks = Tasks()
-        self.queue = Queue(self.tasks)
-        self.queue.limit = limit
+        self.executor = StepExecutor()
+        self.sqs = HeldSqs(self.executor, limit)
         self.now = 0.0
         self.clock: Callable[[], float] = lambda: self.now
         self.pause: Callable[[], object] = lambda: None
         probe = SimpleNamespace(
-            send_message=partial(self.queue.send_message, probe=True),
-            send_message_batch=partial(self.queue.send_message_batch, probe=True),
+            send_message=partial(self.sqs.send_message, is_probe=True),
+            send_message_batch=partial(self.sqs.send_message_batch, is_probe=True),
         )
         self.publisher = app.Publisher(
-            self.queue,
+            self.sqs,
             probe,
-            QUEUE + (".fifo" if fifo else ""),
-            calls,
-            self.tasks,
+            QUEUE_URL + (".fifo" if fifo else ""),
+            calls_in_flight,
+            self.executor,
             lambda: self.clock(),
             lambda _: self.pause(),
         )
-        self.publisher.SECONDS = seconds  # type: ignore[misc]
+        self.publisher.SECONDS = deadline  # type: ignore[misc]
         self.publisher.read_limit()
-        self.answers: dict[str, Future[str]] = {}
+        self.futures: dict[str, Future[str]] = {}  # by the message's body
+        self.publish(messages)
 
-    def submit(self, size: int = 0) -> str:
-        number = len(self.answers)
-        body = json.dumps(f"{number}".ljust(max(size, 2) - 2))
-        try:
-            answer = self.publisher.publish(app.Message(body, request_id=f"request-{number}"))
-        except Exception as error:
-            answer = Future()
-            answer.set_exception(error)
-        self.answers[body] = answer
-        self.tasks.run_submitted()
-        return body
+    def publish(self, count: int = 1, size: int = 2) -> None:
+        for _ in range(count):
+            number = len(self.futures)
+            body = json.dumps(f"{number}".ljust(size - 2))
+            try:
+                future = self.publisher.publish(app.Message(body, request_id=f"request-{number}"))
+            except app.ApiError as error:
+                future = Future()
+                future.set_exception(error)
+            self.futures[body] = future
+            self.executor.run_submitted()
 
     def end_call(
         self, number: int = 0, failure: str = "", results: list[str] | None = None
     ) -> None:
-        call = self.queue.calls[number]
+        """End a call in flight, by default the oldest."""
+        call = self.sqs.in_flight[number]
         call.failure, call.results = failure, results or []
-        self.tasks.resume(call.end)
+        self.executor.resume(call)
 
-    def end_all(self) -> None:
-        while self.queue.calls:
+    def end_calls(self) -> None:
+        while self.sqs.in_flight:
             self.end_call()
 
-    def error(self, number: int = -1) -> Any:
-        return list(self.answers.values())[number].exception(timeout=0)
+    @property
+    def outcomes(self) -> list[str]:
+        return [
+            getattr(future.exception(), "code", SENT) if future.done() else WAITING
+            for future in self.futures.values()
+        ]
+
+    def last_error(self) -> Any:
+        return list(self.futures.values())[-1].exception(timeout=0)
 
     @property
-    def outcomes(self) -> str:
-        """A letter for each: s(ent), or how its error's code begins; a blank for none yet."""
-        return "".join(
-            " " if not answer.done() else getattr(answer.exception(), "code", "sent")[0]
-            for answer in self.answers.values()
-        )
-
-    @property
-    def sizes(self) -> list[int]:
-        """Messages in each call made so far."""
-        return [len(call.entries) for call in self.queue.made]
+    def call_sizes(self) -> list[int]:
+        """Messages in each call so far."""
+        return [len(call.entries) for call in self.sqs.calls]
 
     @property
     def probes(self) -> list[bool]:
-        """Of each call in flight, whether it is one."""
-        return [call.probe for call in self.queue.calls]
+        """Whether each call in flight is a probe."""
+        return [call.is_probe for call in self.sqs.in_flight]
 
 
-Step = int | float | str | list[str]
-OK: Step = ""
+def batch_of(count: int) -> Publishing:
+    """The first message has been sent; those that arrived during its call are in flight."""
+    publishing = Publishing(1 + count)
+    publishing.end_call()
+    return publishing
 
 
-def play(*steps: Step, **options: Any) -> Requests:
-    """A number: as many requests come. With a point: seconds pass. A failure's name or OK: the
-    oldest call ends so. A list: it ends with these results of its entries.
-    """
-    requests = Requests(**options)
-    for step in steps:
-        if isinstance(step, int):
-            for _ in range(step):
-                requests.submit()
-        elif isinstance(step, float):
-            requests.now += step
-        elif isinstance(step, list):
-            requests.end_call(results=step)
-        else:
-            requests.end_call(failure=step)
-    return requests
-
-
-def size_of(entry: dict[str, Any]) -> int:
-    return len(entry["MessageBody"]) + sum(
-        len(name) + len(value["DataType"]) + len(value["StringValue"])
-        for name, value in entry["MessageAttributes"].items()
-    )
-
-
-def assert_kept(requests: Requests) -> None:
-    """What must hold for any requests and any failures, once all calls have ended."""
-    queue, ids = requests.queue, dict[str, set[str]]()
-    times_taken = Counter(body for body, _ in queue.taken)
-    for body, message_id in queue.taken:
+def assert_promises(publishing: Publishing) -> None:
+    """The invariants of any interleaving, once all calls have ended."""
+    sqs, ids = publishing.sqs, dict[str, set[str]]()
+    for body, message_id in sqs.accepted:
         ids.setdefault(body, set()).add(message_id)
-    for body, answer in requests.answers.items():
-        if answer.exception(timeout=0) is None:
-            assert answer.result() in ids[body], "the id of its own message"
+    for body, future in publishing.futures.items():
+        if future.exception(timeout=0) is None:
+            assert future.result() in ids[body], "the id of another message"
         else:
-            assert isinstance(answer.exception(), app.ApiError)
-        assert times_taken[body] <= 1 or body in queue.ambiguous, "sent once only"
-    for call in queue.made:
+            assert isinstance(future.exception(), app.ApiError)
+        assert len(ids.get(body, ())) <= 1 or body in sqs.unreported, "sent twice"
+    for call in sqs.calls:
         assert 1 <= len(call.entries) <= 10
-        assert call.single == (len(call.entries) == 1)
-        assert sum(map(size_of, call.entries)) <= LIMIT
-        assert len(set(call.bodies)) == len(call.entries), "no message twice in a batch"
-        assert call.single or len({entry["Id"] for entry in call.entries}) == len(call.entries)
-    attempts = Counter(body for call in queue.made for body in call.bodies)
+        assert sum(map(message_bytes, call.entries)) <= LIMIT
+        assert len(set(call.bodies)) == len(call.entries)
+        if len(call.entries) > 1:
+            assert len({entry["Id"] for entry in call.entries}) == len(call.entries)
+    attempts = Counter(body for call in sqs.calls for body in call.bodies)
     assert max(attempts.values(), default=0) <= app.Publisher.ATTEMPTS
 
 
+RESULTS = st.lists(st.sampled_from([ACCEPTED, SENDER_FAULT, BUSY, LEFT_OUT]), max_size=10)
 STEPS = st.one_of(
-    st.tuples(st.just("submit"), st.sampled_from([0, 0, 0, 0, 200_000, 500_000, LIMIT - 300])),
+    st.tuples(st.just("publish"), st.sampled_from([2, 2, 2, 2, 200_000, 500_000, LIMIT - 300])),
     st.tuples(st.just("succeed"), st.integers(0, 7)),
     st.tuples(st.just("fail"), st.integers(0, 7), st.sampled_from(sorted(FAILURES))),
-    st.tuples(
-        st.just("answer"),
-        st.integers(0, 7),
-        st.lists(st.sampled_from([SENT, FAULT, BUSY, LEFT_OUT]), max_size=10),
-    ),
+    st.tuples(st.just("end entries"), st.integers(0, 7), RESULTS),
     st.tuples(st.just("time passes"), st.sampled_from([1.0, 100.0])),
 )
 
@@ -318,51 +294,51 @@ STEPS = st.one_of(
 @given(
     steps=st.lists(STEPS, min_size=5, max_size=40),
     burst=st.sampled_from([0, 0, 3, 12, 25, 40]),
-    calls=st.sampled_from([1, 2, 8]),
+    calls_in_flight=st.sampled_from([1, 2, 8]),
     fifo=st.booleans(),
-    seconds=st.sampled_from([60, 60, 60, 1.5, 0]),
+    deadline=st.sampled_from([60, 60, 60, 1.5, 0]),
 )
 def test_any_interleaving_keeps_every_promise(
-    steps: list[Any], burst: int, calls: int, fifo: bool, seconds: float
+    steps: list[Any], burst: int, calls_in_flight: int, fifo: bool, deadline: float
 ) -> None:
-    requests = play(burst, calls=calls, fifo=fifo, seconds=seconds)
+    publishing = Publishing(burst, calls_in_flight, fifo, deadline)
     for kind, *arguments in steps:
-        in_flight = requests.queue.calls
-        assert len(in_flight) <= (1 if fifo else calls)
-        if kind == "submit":
-            requests.submit(*arguments)
+        in_flight = publishing.sqs.in_flight
+        assert len(in_flight) <= (1 if fifo else calls_in_flight)
+        if kind == "publish":
+            publishing.publish(size=arguments[0])
         elif kind == "time passes":
-            requests.now += arguments[0]
+            publishing.now += arguments[0]
         elif in_flight:
             number = arguments[0] % len(in_flight)
             if kind == "succeed":
-                requests.end_call(number)
+                publishing.end_call(number)
             elif kind == "fail":
-                requests.end_call(number, failure=arguments[1])
+                publishing.end_call(number, failure=arguments[1])
             else:
-                requests.end_call(number, results=arguments[1])
-    requests.end_all()
-    assert_kept(requests)
-    requests.publisher.SECONDS = 60  # type: ignore[misc]
-    requests.now += 1
-    requests.submit()
-    requests.end_all()
-    assert requests.outcomes[-1] == "s", "the next message is sent"
+                publishing.end_call(number, results=arguments[1])
+    publishing.end_calls()
+    assert_promises(publishing)
+    publishing.publisher.SECONDS = 60  # type: ignore[misc]
+    publishing.now += 1
+    publishing.publish()
+    publishing.end_calls()
+    assert publishing.outcomes[-1] == SENT, "the publisher works on"
 
 
-# --- Which messages share a call ------------------------------------------------------------------
+# --- Batches --------------------------------------------------------------------------------------
 
 
-def test_messages_that_arrive_during_a_call_share_the_next() -> None:
-    requests = play(26)
-    requests.end_all()
-    assert requests.sizes == [1, 10, 10, 5]
-    assert [body for call in requests.queue.made for body in call.bodies] == list(requests.answers)
+@pytest.mark.parametrize("fifo", [False, True])
+def test_messages_that_arrive_during_a_call_share_the_next_in_order(fifo: bool) -> None:
+    publishing = Publishing(26, calls_in_flight=8 if fifo else 1, fifo=fifo)
+    publishing.end_calls()
+    assert publishing.call_sizes == [1, 10, 10, 5]
+    assert [body for call in publishing.sqs.calls for body in call.bodies] == [*publishing.futures]
 
 
-# The limit of calls in flight, the messages that arrive, and the sizes of the calls that start.
 @pytest.mark.parametrize(
-    ("calls", "fifo", "messages", "made"),
+    ("calls_in_flight", "fifo", "messages", "call_sizes"),
     [
         (8, False, 1, [1]),
         (8, False, 11, [1, 1]),
@@ -375,113 +351,114 @@ def test_messages_that_arrive_during_a_call_share_the_next() -> None:
     ],
 )
 def test_two_calls_are_in_flight_and_full_batches_start_further_ones(
-    calls: int, fifo: bool, messages: int, made: list[int]
+    calls_in_flight: int, fifo: bool, messages: int, call_sizes: list[int]
 ) -> None:
-    requests = play(messages, calls=calls, fifo=fifo)
-    assert requests.sizes == made
-    requests.end_all()
-    assert requests.outcomes == "s" * messages
+    publishing = Publishing(messages, calls_in_flight, fifo)
+    assert publishing.call_sizes == call_sizes
+    publishing.end_calls()
+    assert publishing.outcomes == [SENT] * messages
 
 
-def test_third_call_waits_though_other_calls_end() -> None:
-    requests = play(15, calls=8)
-    requests.end_call(2)
-    assert (requests.sizes, len(requests.queue.calls)) == ([1, 1, 10], 2)
-    requests.end_call(0)
-    assert requests.sizes == [1, 1, 10, 3]
-    requests.end_all()
-
-
-def test_call_that_takes_long_delays_no_other_message() -> None:
-    requests = play(3, calls=8)
+def test_slow_call_delays_no_other_message() -> None:
+    publishing = Publishing(3, calls_in_flight=8)
     for _ in range(3):
-        requests.end_call(1)
-        requests.submit()
-    assert requests.outcomes == " sss  "[:1] + "sss" + " " * (len(requests.outcomes) - 4)
-    requests.end_all()
+        publishing.end_call(1)
+        publishing.publish()
+    assert publishing.outcomes == [WAITING, SENT, SENT, SENT, WAITING, WAITING]
+    publishing.end_calls()
 
 
 def test_batch_ends_at_the_byte_limit() -> None:
-    requests = Requests()
-    attributes = size_of(app.Message("", "request-0").entry(fifo=False)[0])
-    half, whole = LIMIT // 2 - attributes, LIMIT - attributes
-    for size in (0, 300_000, 300_000, 300_000, 300_000, whole - 2, half, half - 2, 0):
-        requests.submit(size)
-    requests.end_all()
-    assert requests.sizes == [1, 3, 1, 1, 2, 1]
-    assert_kept(requests)
+    publishing = Publishing()
+    _, attributes = app.Message("", "request-0").entry(fifo=False)
+    half, full = LIMIT // 2 - attributes, LIMIT - attributes
+    for size in (2, 300_000, 300_000, 300_000, 300_000, full - 2, half, half - 2, 2):
+        publishing.publish(size=size)
+    publishing.end_calls()
+    assert publishing.call_sizes == [1, 3, 1, 1, 2, 1]
+    assert_promises(publishing)
 
 
-def test_fifo_queue_gets_messages_in_order() -> None:
-    requests = play(25, calls=8, fifo=True)
-    requests.end_all()
-    assert [body for body, _ in requests.queue.taken] == list(requests.answers)
-    entries = [entry for call in requests.queue.made for entry in call.entries]
-    assert {entry["MessageGroupId"] for entry in entries} == {app.SERVICE}
-    assert len({entry["MessageDeduplicationId"] for entry in entries}) == 25
-
-
-def test_message_beyond_the_memory_bound_is_overloaded() -> None:
-    requests = Requests()
-    number = app.Publisher.MAX_PENDING_BYTES // (LIMIT - 1000)
-    for _ in range(number + 1):
-        requests.submit(LIMIT - 1200)
-    assert requests.outcomes == " " * number + "o"
-    assert "bytes of messages wait for SQS" in requests.error().cause
-    requests.end_call()  # what SQS has no longer counts
-    requests.submit(LIMIT - 1200)
-    requests.submit(LIMIT - 1200)
-    assert requests.outcomes[number:] == "o o"
-    requests.end_all()
-    for _ in range(number):
-        requests.submit(LIMIT - 1200)
-    assert "o" not in requests.outcomes[-number:]
-    requests.end_all()
+def test_message_beyond_the_memory_limit_is_overloaded() -> None:
+    publishing, size = Publishing(), LIMIT - 1200
+    count = app.Publisher.MAX_PENDING_BYTES // LIMIT
+    publishing.publish(count + 1, size)
+    assert publishing.outcomes == [WAITING] * count + ["overloaded"]
+    assert "bytes of messages wait for SQS" in publishing.last_error().cause
+    publishing.end_call()
+    publishing.publish(2, size)
+    assert publishing.outcomes[count:] == ["overloaded", WAITING, "overloaded"], "room for one"
+    publishing.end_calls()
+    publishing.publish(count, size)
+    assert publishing.outcomes[-count:] == [WAITING] * count
+    publishing.end_calls()
 
 
 # --- Failures -------------------------------------------------------------------------------------
 
-# All but the first request share a batch, as they arrive during its call. The steps, the outcomes
-# of the requests, and the sizes of the calls.
-SCENARIOS: dict[str, tuple[list[Step], str, list[int]]] = {
-    "one by one": ([1, OK, 1, OK, 1], "ss ", [1, 1, 1]),
-    "one entry refused": ([4, OK, [SENT, FAULT, SENT]], "ssqs", [1, 3]),
-    "two entries to be tried again": ([4, OK, [BUSY, BUSY, SENT]], "s  s", [1, 3, 2]),
-    "an entry without an answer": ([4, OK, [LEFT_OUT, SENT, SENT]], "s ss", [1, 3, 1]),
-    "an entry without an id": ([4, OK, [NAMELESS, SENT, SENT]], "s ss", [1, 3, 1]),
-    "all entries refused": ([4, OK, [FAULT, FAULT, FAULT]], "sqqq", [1, 3]),
-    "some of each": ([4, OK, [FAULT, BUSY, LEFT_OUT]], "sq  ", [1, 3, 2]),
-    "three attempts": ([4, OK, *["server error"] * 3], "sqqq", [1, 3, 3, 3]),
-    "three garbled answers": ([4, OK, *["garbled"] * 3], "sqqq", [1, 3, 3, 3]),
-    "too many requests": ([1, *["too many"] * 3], "q", [1, 1, 1]),
-    "the caller is refused": ([4, OK, "denied"], "sqqq", [1, 3]),
-    "the queue is unknown": ([4, OK, "no queue"], "sqqq", [1, 3]),
-    "the queue's limit was lowered": ([3, OK, "too large", "too large"], "sm ", [1, 2, 1, 1]),
-    "failures that pass": ([1, "throttled", "throttled", OK] * 10, "s" * 10, [1] * 30),
-    "no attempt after its time": ([1, 59.0, "server error", 1.0, "server error"], "q", [1, 1]),
-    "a call longer than the wait": ([1, 61.0], " ", [1]),
-    "a wait longer than the time": ([2, 61.0, OK], "sq", [1]),
-    "a time-out ends the waiting": ([4, "no answer"], " qqq", [1, 1]),
-}
+
+@pytest.mark.parametrize(
+    ("ending", "outcomes"),
+    [
+        ({"results": [ACCEPTED, SENDER_FAULT, ACCEPTED]}, [SENT, UNAVAILABLE, SENT]),
+        ({"results": [BUSY, BUSY, ACCEPTED]}, [WAITING, WAITING, SENT]),
+        ({"results": [LEFT_OUT, ACCEPTED, ACCEPTED]}, [WAITING, SENT, SENT]),
+        ({"results": [WITHOUT_ID, ACCEPTED, ACCEPTED]}, [WAITING, SENT, SENT]),
+        ({"results": [SENDER_FAULT] * 3}, [UNAVAILABLE] * 3),
+        ({"results": [SENDER_FAULT, BUSY, LEFT_OUT]}, [UNAVAILABLE, WAITING, WAITING]),
+        ({"failure": "server error"}, [WAITING] * 3),
+        ({"failure": "garbled response"}, [WAITING] * 3),
+        ({"failure": "access denied"}, [UNAVAILABLE] * 3),
+        ({"failure": "no such queue"}, [UNAVAILABLE] * 3),
+    ],
+    ids=str,
+)
+def test_temporary_failure_of_an_entry_is_retried(ending: Any, outcomes: list[str]) -> None:
+    publishing = batch_of(3)
+    publishing.end_call(**ending)
+    assert publishing.outcomes == [SENT, *outcomes]
+    retried = outcomes.count(WAITING)
+    assert publishing.call_sizes == [1, 3, retried][: 3 if retried else 2]
+    publishing.end_calls()
+    assert publishing.outcomes == [SENT, *(SENT if o == WAITING else o for o in outcomes)]
 
 
-@pytest.mark.parametrize(("steps", "outcomes", "sizes"), SCENARIOS.values(), ids=SCENARIOS)
-def test_failure_ends_as_it_should(steps: list[Step], outcomes: str, sizes: list[int]) -> None:
-    requests = play(*steps)
-    assert (requests.outcomes, requests.sizes) == (outcomes, sizes)
-    requests.end_all()
-    assert requests.outcomes == outcomes.replace(" ", "s")
-    assert_kept(requests)
+@pytest.mark.parametrize("failure", ["server error", "throttled", "garbled response"])
+def test_message_has_three_attempts(failure: str) -> None:
+    publishing = batch_of(3)
+    for _ in range(3):
+        publishing.end_call(failure=failure)
+    assert publishing.outcomes == [SENT, *[UNAVAILABLE] * 3]
+    assert publishing.call_sizes == [1, 3, 3, 3]
 
 
-def test_rejected_batch_goes_message_by_message() -> None:
-    requests = play(4, OK, "refused", 1)  # the last one shares no call with a message at fault
-    guilty = list(requests.answers)[2]
-    while requests.queue.calls:
-        is_guilty = guilty in requests.queue.calls[0].bodies
-        requests.end_call(failure="refused" if is_guilty else "")
-    assert requests.outcomes == "ssqss"
-    assert requests.sizes == [1, 3, 1, 1, 1, 1]
+def test_rejected_batch_is_sent_message_by_message() -> None:
+    publishing = batch_of(3)
+    rejected = list(publishing.futures)[2]
+    publishing.end_call(failure="rejected")
+    publishing.publish()  # shares no call with a message that SQS may reject
+    while publishing.sqs.in_flight:
+        is_rejected = rejected in publishing.sqs.in_flight[0].bodies
+        publishing.end_call(failure="rejected" if is_rejected else "")
+    assert publishing.outcomes == [SENT, SENT, UNAVAILABLE, SENT, SENT]
+    assert publishing.call_sizes == [1, 3, 1, 1, 1, 1]
+
+
+def test_no_attempt_starts_after_the_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    publishing = Publishing(2, deadline=5)
+    publishing.now += 4
+    publishing.end_call(failure="server error")  # retried
+    assert publishing.call_sizes == [1, 2]
+    publishing.now += 1
+    publishing.end_call(failure="server error")  # too late for a third attempt
+    assert publishing.outcomes == [UNAVAILABLE] * 2
+    publishing.publish(2)
+    publishing.now += 6
+    caplog.clear()
+    publishing.end_calls()  # a call in flight may take longer; a message that waits may not
+    assert publishing.outcomes[2:] == [SENT, UNAVAILABLE]
+    (line,) = (vars(record) for record in caplog.records)
+    assert (line["cause"], line["request_ids"]) == ("out of time", ["request-3"])
 
 
 def test_messages_of_a_rejected_batch_go_in_two_calls_at_once() -> None:
@@ -492,20 +469,20 @@ def test_messages_of_a_rejected_batch_go_in_two_calls_at_once() -> None:
 
 
 def test_messages_are_retried_in_their_order_before_later_ones() -> None:
-    requests = play(6, OK, 8)
-    requests.end_call(results=[BUSY, SENT, BUSY, SENT, BUSY])
-    bodies = list(requests.answers)
-    assert requests.queue.calls[0].bodies == [bodies[n] for n in (1, 3, 5, 6, 7, 8, 9, 10, 11, 12)]
-    requests.end_all()
+    publishing = batch_of(5)
+    publishing.publish(8)
+    publishing.end_call(results=[BUSY, ACCEPTED, BUSY, ACCEPTED, BUSY])
+    bodies = list(publishing.futures)
+    assert publishing.sqs.in_flight[0].bodies == [bodies[n] for n in (1, 3, 5, *range(6, 13))]
+    publishing.end_calls()
 
 
-def test_futures_are_resolved_before_the_pause_of_a_retry() -> None:
-    requests, seen = play(3, OK), list[str]()
-    requests.pause = lambda: seen.append(requests.outcomes)
-    requests.end_call(results=[SENT, BUSY])
-    assert seen == ["ss "]
-    requests.end_all()
-    assert requests.outcomes == "sss"
+def test_sent_messages_do_not_wait_for_the_pause_of_a_retry() -> None:
+    publishing, seen = batch_of(2), list[list[str]]()
+    publishing.pause = lambda: seen.append(publishing.outcomes)
+    publishing.end_call(results=[ACCEPTED, BUSY])
+    assert seen == [[SENT, SENT, WAITING]]
+    publishing.end_calls()
 
 
 def defect(*_: Any, **__: Any) -> Any:
@@ -513,177 +490,198 @@ def defect(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("place", ["clock", "pause", "result_of", "detail_of"])
-def test_exception_in_a_sender_leaves_no_request_without_an_outcome(
+def test_defect_in_a_sender_thread_leaves_no_message_without_an_outcome(
     monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    requests = play(13, calls=2)
-    if place in ("clock", "pause"):
-        setattr(requests, place, defect)
-    else:
-        monkeypatch.setattr(app, place, defect)
-    requests.end_call(failure="throttled")
-    monkeypatch.undo()
-    requests.clock, requests.pause = lambda: requests.now, lambda: None
-    requests.end_all()
-    assert " " not in requests.outcomes
-    requests.now += 1
-    for _ in range(13):
-        requests.submit()
-    assert len(requests.queue.calls) == 2, "no call is counted that has ended"
-    requests.end_all()
-    assert requests.outcomes[13:] == "s" * 13
-    assert_kept(requests)
+    publishing = Publishing(13, calls_in_flight=2)
+    target: Any = publishing if place in ("clock", "pause") else app
+    with monkeypatch.context() as patch:
+        patch.setattr(target, place, defect)
+        publishing.end_call(failure="throttled")
+    publishing.end_calls()
+    assert WAITING not in publishing.outcomes
+    publishing.now += 1
+    publishing.publish(13)
+    assert len(publishing.sqs.in_flight) == 2, "the call that failed still counts"
+    publishing.end_calls()
+    assert publishing.outcomes[13:] == [SENT] * 13
+    assert_promises(publishing)
 
 
-# --- SQS is down ----------------------------------------------------------------------------------
-
-# The first call and its probe have timed out.
-DOWN: list[Step] = [1, "no answer", "no connection"]
-PROBE_TIME = app.Publisher.PROBE_SECONDS
+# --- Circuit --------------------------------------------------------------------------------------
 
 
-def test_one_message_at_a_time_probes_while_sqs_is_down() -> None:
-    requests = play(*DOWN, 3, calls=8)
-    assert (requests.outcomes, requests.probes) == ("qqqq", [])
-    requests.now += PROBE_TIME
-    for _ in range(3):
-        requests.submit()
-    assert (requests.outcomes, requests.probes) == ("qqqq qq", [True])
-    requests.end_call(failure="no answer")
-    requests.submit()
-    assert (requests.outcomes, requests.probes) == ("q" * 8, [])
+def open_circuit() -> Publishing:
+    """A call and its probe have timed out."""
+    publishing = Publishing(1, calls_in_flight=8)
+    publishing.end_call(failure="read timeout")
+    publishing.end_call(failure="connect timeout")
+    return publishing
+
+
+def probing() -> Publishing:
+    """The circuit is open, and a probe is in flight."""
+    publishing = open_circuit()
+    publishing.now += app.Publisher.PROBE_SECONDS
+    publishing.publish()
+    assert publishing.probes == [True]
+    return publishing
+
+
+def test_timeout_opens_the_circuit_for_the_messages_that_wait() -> None:
+    publishing = Publishing(4)
+    publishing.end_call(failure="read timeout")
+    assert publishing.outcomes == [WAITING, UNAVAILABLE, UNAVAILABLE, UNAVAILABLE]
+    assert publishing.probes == [True], "the message of the call that timed out"
+    publishing.end_calls()
+    assert publishing.outcomes[0] == SENT
+
+
+def test_open_circuit_rejects_messages_except_one_probe_at_a_time() -> None:
+    publishing = open_circuit()
+    publishing.publish(3)
+    assert (publishing.outcomes, publishing.probes) == ([UNAVAILABLE] * 4, [])
+    publishing.now += app.Publisher.PROBE_SECONDS
+    publishing.publish(3)
+    assert publishing.outcomes[4:] == [WAITING, UNAVAILABLE, UNAVAILABLE]
+    assert publishing.probes == [True]
+    publishing.end_call(failure="read timeout")
+    publishing.publish()
+    assert (publishing.outcomes, publishing.probes) == ([UNAVAILABLE] * 8, [])
 
 
 def test_earlier_call_that_fails_starts_no_second_probe() -> None:
-    requests = play(2, "no answer", calls=8)  # its probe begins
-    assert requests.probes == [False, True]
-    requests.end_call(failure="no answer")
-    requests.now += PROBE_TIME
-    requests.submit()
-    assert requests.probes == [True]
-    requests.end_all()
+    publishing = Publishing(2, calls_in_flight=8)
+    publishing.end_call(failure="read timeout")
+    assert publishing.probes == [False, True]
+    publishing.end_call(failure="read timeout")
+    publishing.now += app.Publisher.PROBE_SECONDS
+    publishing.publish()
+    assert publishing.probes == [True]
+    publishing.end_calls()
 
 
-@pytest.mark.parametrize("answer", [OK, "refused", "denied", [FAULT]], ids=str)
-def test_any_answer_closes_the_circuit(answer: Step) -> None:
-    requests = play(*DOWN, 1.0, 1, answer, 1)
-    assert requests.probes == [False]
-    requests.end_all()
-    assert requests.outcomes[2:] == "s"
+@pytest.mark.parametrize(
+    "ending",
+    [{}, {"failure": "rejected"}, {"failure": "access denied"}, {"results": [SENDER_FAULT]}],
+    ids=str,
+)
+def test_any_response_of_sqs_closes_the_circuit(ending: Any) -> None:
+    publishing = probing()
+    publishing.end_call(**ending)
+    publishing.publish()
+    assert publishing.probes == [False]
+    publishing.end_calls()
+    assert publishing.outcomes[2:] == [SENT]
 
 
-@pytest.mark.parametrize("failure", ["server error", "throttled", "no answer", "garbled"])
+@pytest.mark.parametrize(
+    "failure", ["server error", "throttled", "read timeout", "garbled response"]
+)
 def test_probe_that_fails_leaves_the_circuit_open(failure: str) -> None:
-    requests = play(*DOWN, 1.0, 1, failure, 1)
-    assert (requests.outcomes, requests.probes) == ("qqq", [])
+    publishing = probing()
+    publishing.end_call(failure=failure)
+    publishing.publish()
+    assert (publishing.outcomes, publishing.probes) == ([UNAVAILABLE] * 3, [])
 
 
-def test_timeout_beside_an_answer_rejects_no_message() -> None:
-    requests = play(2, calls=8)
-    requests.end_call(1)
-    requests.end_call(0, failure="no answer")
-    assert requests.probes == [False]
-    requests.end_all()
-    assert requests.outcomes == "ss"
+def test_timeout_beside_a_success_leaves_the_circuit_closed() -> None:
+    publishing = Publishing(2, calls_in_flight=8)
+    publishing.end_call(1)
+    publishing.end_call(0, failure="read timeout")
+    assert publishing.probes == [False], "a retry"
+    publishing.end_calls()
+    assert publishing.outcomes == [SENT, SENT]
 
 
 @pytest.mark.parametrize("failure", ["server error", "throttled"])
-def test_ten_failed_calls_in_a_row_open_the_circuit(failure: str) -> None:
-    requests = play(*[1, failure, failure, failure] * 3, 1, failure)
-    assert requests.probes == [True]
-    requests.end_call(failure=failure)
-    requests.submit()
-    assert (requests.outcomes, requests.probes) == ("qqqqq", [])
-
-
-def test_failures_with_an_answer_between_them_leave_the_circuit_closed() -> None:
-    requests = play(*[1, *["server error"] * 3] * 3, 1, OK, 1, "server error")
-    assert requests.probes == [False]
-    requests.end_all()
+@pytest.mark.parametrize("has_success", [False, True])
+def test_ten_failed_calls_in_a_row_open_the_circuit(failure: str, has_success: bool) -> None:
+    publishing = Publishing()
+    for _ in range(3):
+        publishing.publish()
+        for _ in range(3):
+            publishing.end_call(failure=failure)
+    if has_success:
+        publishing.publish()
+        publishing.end_call()
+    publishing.publish()
+    publishing.end_call(failure=failure)
+    assert publishing.probes == [not has_success]
+    publishing.end_calls()
 
 
 # --- Logs and metrics -----------------------------------------------------------------------------
 
 
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"email_processor_{name}", labels) or 0
+
+
 def test_outage_is_logged_at_its_beginning_and_end(caplog: pytest.LogCaptureFixture) -> None:
-    play(*DOWN, 30.0, 1, OK)
-    levels = [r.levelno for r in caplog.records if "SQS is" in r.getMessage()]
+    publishing = open_circuit()
+    assert metric("sqs_circuits_open") == 1
+    publishing.now += 30
+    publishing.publish()
+    publishing.end_call()
+    assert metric("sqs_circuits_open") == 0
+    levels = [record.levelno for record in caplog.records if "circuit" in record.message]
     assert levels == [logging.ERROR, logging.WARNING]
-    assert caplog.records[-1].seconds == 30  # type: ignore[attr-defined]
+    assert vars(caplog.records[-1])["seconds"] == 30
+
+
+@pytest.mark.parametrize(
+    ("ending", "result"),
+    [
+        ({}, "success"),
+        ({"results": [SENDER_FAULT, BUSY]}, "partial"),
+        ({"failure": "server error"}, "unavailable"),
+        ({"failure": "read timeout"}, "timeout"),
+        ({"failure": "access denied"}, "refused"),
+    ],
+    ids=str,
+)
+def test_call_is_counted_by_its_result(ending: Any, result: str) -> None:
+    publishing = batch_of(3)
+    names = "sqs_batch_size_sum", "sqs_call_duration_seconds_sum"
+    before = metric("sqs_calls_total", result=result), *map(metric, names)
+    publishing.now += 0.5
+    publishing.end_call(**ending)
+    after = metric("sqs_calls_total", result=result), *map(metric, names)
+    assert [a - b for a, b in zip(after, before, strict=True)] == [1, 3, 0.5]
+    publishing.end_calls()
 
 
 def test_failed_call_is_logged_with_its_request_ids(caplog: pytest.LogCaptureFixture) -> None:
-    play(4, OK, "throttled", [SENT, FAULT, BUSY]).end_all()
-    logged: list[Any] = caplog.records
-    assert [(line.levelno, line.request_ids) for line in logged] == [
-        (logging.WARNING, ["request-1", "request-2", "request-3"]),
-        (logging.ERROR, ["request-2"]),
-        (logging.WARNING, ["request-3"]),
+    publishing = batch_of(3)
+    publishing.end_call(failure="throttled")
+    publishing.end_call(results=[ACCEPTED, SENDER_FAULT, BUSY])
+    publishing.end_calls()
+    expected = [
+        (logging.WARNING, ["request-1", "request-2", "request-3"], "ThrottlingException"),
+        (logging.ERROR, ["request-2"], SENDER_FAULT),
+        (logging.WARNING, ["request-3"], BUSY),
     ]
-    causes = (str(FAILURES["throttled"][0]), FAULT, BUSY)
-    assert all(cause in line.cause for cause, line in zip(causes, logged, strict=True))
-
-
-def test_message_that_waited_too_long_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    play(2, 61.0, OK)
-    (line,) = caplog.records
-    assert (line.cause, line.request_ids) == ("out of time", ["request-1"])  # type: ignore[attr-defined]
-
-
-def test_calls_are_counted_by_result_with_their_messages() -> None:
-    def counted() -> list[float]:
-        name, results = "email_processor_sqs_calls_total", ("success", "partial", "unavailable")
-        values = [REGISTRY.get_sample_value(name, {"result": result}) for result in results]
-        return [*values, REGISTRY.get_sample_value("email_processor_sqs_batch_size_sum")]
-
-    before = counted()
-    play(4, OK, [SENT, FAULT, BUSY], "throttled", OK)
-    grown = [now - then for now, then in zip(counted(), before, strict=True)]
-    assert grown == [2, 1, 1, 1 + 3 + 1 + 1]
+    lines = [vars(record) for record in caplog.records]
+    assert [(line["levelno"], line["request_ids"]) for line in lines] == [e[:2] for e in expected]
+    assert all(cause in line["cause"] for line, (*_, cause) in zip(lines, expected, strict=True))
 
 
 # --- The queue's limit ----------------------------------------------------------------------------
 
 
 def test_limit_is_read_again_before_a_message_is_rejected_for_its_size() -> None:
-    requests = Requests(limit=1000)
-    requests.queue.limit = 3000
-    # Seconds that pass, the message's size, its outcome, and the reads of the limit so far.
-    steps = [
-        (0.0, 2000, "m", 1),
-        (4.9, 2000, "m", 1),
-        (0.1, 2000, "s", 2),
-        (4.9, 3500, "m", 2),
-        (0.1, 3500, "m", 3),
-    ]
-    for passed, size, outcome, reads in steps:
-        requests.now += passed
-        requests.submit(size)
-        requests.end_all()
-        assert (requests.outcomes[-1], requests.queue.reads) == (outcome, reads), (passed, size)
-    assert "the queue takes 3000." in requests.error().message
-
-
-def test_unknown_limit_lets_sqs_decide() -> None:
-    requests = Requests(limit=FAILURES["denied"][0], calls=8)
-    assert requests.publisher.problem == "sqs:GetQueueAttributes failed: AccessDenied"
-    for size in (0, 2000):
-        requests.submit(size)
-    requests.end_call(1, failure="too large")
-    requests.end_all()
-    assert requests.outcomes == "sm"
-    assert requests.queue.reads == 1
-    requests.queue.limit = 1000
-    requests.now += 5
-    requests.submit(2000)
-    assert (requests.outcomes, requests.publisher.problem) == ("smm", None)
-
-
-def test_read_of_the_limit_is_made_in_the_executor() -> None:
-    requests = Requests()
-    requests.now += 5
-    requests.publisher.refresh_limit()
-    requests.publisher.refresh_limit()
-    assert requests.queue.reads == 1
-    requests.tasks.run_submitted()
-    assert requests.queue.reads == 2
+    publishing = Publishing(limit=1000)
+    publishing.sqs.limit = 3000
+    for seconds, size, outcome, reads in [
+        (0.0, 2000, TOO_LARGE, 1),
+        (4.9, 2000, TOO_LARGE, 1),
+        (0.1, 2000, SENT, 2),
+        (4.9, 3500, TOO_LARGE, 2),
+        (0.1, 3500, TOO_LARGE, 3),
+    ]:
+        publishing.now += seconds
+        publishing.publish(size=size)
+        publishing.end_calls()
+        assert (publishing.outcomes[-1], publishing.sqs.limit_reads) == (outcome, reads)
+    assert "the queue takes 3000." in publishing.last_error().message
