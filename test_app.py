@@ -1,8 +1,6 @@
-"""The HTTP contract, in-process: requests go in, and what comes out is looked at: answers, what
-arrived in the queue, log lines, metrics.
+"""The HTTP contract, in-process: responses, messages in the queue, log lines and metrics.
 
-moto plays AWS where that shows more than the small doubles below: they fail, answer garbage and
-count their calls on command.
+Most tests use the fakes below, which fail and count their calls; some use moto's SQS.
 """
 
 import dataclasses
@@ -55,7 +53,7 @@ TRACE = f"Root={TRACE_ID}"
 GET_PATHS = ["/", "/health", "/ready", "/metrics", "/openapi.json", "/docs"]
 
 
-# --- AWS, and what stands in for it ---------------------------------------------------------------
+# --- Fakes of AWS ---------------------------------------------------------------------------------
 
 
 class Clock:
@@ -93,24 +91,24 @@ class Tasks(Executor):
         self.waiting.get(timeout=20)()
 
 
-def give(answer: Any, arguments: dict[str, Any]) -> Any:
+def respond(response: Any, arguments: dict[str, Any]) -> Any:
     """Raise an exception, call a function, return anything else."""
-    if isinstance(answer, Exception):
-        raise answer
-    return answer(**arguments) if callable(answer) else answer
+    if isinstance(response, Exception):
+        raise response
+    return response(**arguments) if callable(response) else response
 
 
-class Ssm:
-    """A Parameter Store that counts its reads. With an `answer`, it gives that."""
+class FakeSsm:
+    """A Parameter Store that counts its reads. A `response` takes the place of its values."""
 
-    def __init__(self, answer: Any = None, **values: str) -> None:
-        self.answer = answer
+    def __init__(self, response: Any = None, **values: str) -> None:
+        self.response = response
         self.values = values or {PARAMETER: TOKEN}
         self.reads = 0
 
     def get_parameters(self, **arguments: Any) -> Any:
         self.reads += 1
-        return self.find(**arguments) if self.answer is None else give(self.answer, arguments)
+        return respond(self.find if self.response is None else self.response, arguments)
 
     def find(self, Names: list[str], WithDecryption: bool) -> dict[str, Any]:  # noqa: N803
         assert WithDecryption
@@ -119,27 +117,27 @@ class Ssm:
         return {"Parameters": secure, "InvalidParameters": [n for n in Names if n not in found]}
 
 
-def maximum(size: Any) -> dict[str, Any]:
+def queue_limit(size: Any) -> dict[str, Any]:
     return {"Attributes": {"MaximumMessageSize": size}}
 
 
-class Sqs:
-    """A queue that remembers its messages. It answers from its fields, or raises them."""
+class FakeSqs:
+    """A queue that records its messages. Its fields are its responses, or raised."""
 
     def __init__(self, sent: Any = None, attributes: Any = None) -> None:
         self.sent = {"MessageId": "6e5f0a2b"} if sent is None else sent
-        self.attributes = maximum("1048576") if attributes is None else attributes
+        self.attributes = queue_limit("1048576") if attributes is None else attributes
         self.messages: list[dict[str, Any]] = []
         self.calls = 0
 
     def get_queue_attributes(self, **arguments: Any) -> Any:
         self.calls += 1
-        return give(self.attributes, arguments)
+        return respond(self.attributes, arguments)
 
     def send_message(self, **arguments: Any) -> Any:
         self.calls += 1
         self.messages.append(arguments)
-        return give(self.sent, arguments)
+        return respond(self.sent, arguments)
 
 
 def client_error(code: str, status: int = 400) -> ClientError:
@@ -157,8 +155,8 @@ def stored(value: str, kind: str = "SecureString") -> dict[str, Any]:
     return {"Parameters": [{"Name": PARAMETER, "Type": kind, "Value": value}]}
 
 
-def forget_aws(patch: pytest.MonkeyPatch) -> None:
-    """Nothing of the caller's own AWS configuration counts."""
+def clear_aws_variables(patch: pytest.MonkeyPatch) -> None:
+    """Hide the caller's own AWS configuration."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         patch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -167,8 +165,8 @@ def forget_aws(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """moto's SQS; no boto3 client reaches another. What moto's server holds for others stays."""
-    forget_aws(monkeypatch)
+    """moto's SQS. The data of a moto server in the same process stays."""
+    clear_aws_variables(monkeypatch)
     mock = mock_aws()
     mock.start(reset=False)
     yield boto3.client("sqs", "us-west-1")
@@ -178,11 +176,11 @@ def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 # --- The service, and its client ------------------------------------------------------------------
 
 
-class Service:
-    """The application between its doubles, as its client and its operator see it."""
+class App:
+    """The application on fakes of AWS, with its responses and metrics."""
 
     def __init__(self, ssm: Any = None, sqs: Any = None, **changes: Any) -> None:
-        self.ssm, self.sqs = ssm or Ssm(), sqs or Sqs()
+        self.ssm, self.sqs = ssm or FakeSsm(), sqs or FakeSqs()
         self.tasks, self.clock = Tasks(), Clock()
         self.app = app.create_app(
             app.Settings(**{"sqs_queue_url": QUEUE_URL, **changes}),
@@ -193,47 +191,47 @@ class Service:
             pause=lambda _: None,
         )
 
-    def ask(self, method: str, path: str, **options: Any) -> TestResponse:
+    def request(self, method: str, path: str, **options: Any) -> TestResponse:
         client = self.app.test_client(use_cookies=False)  # one each: any thread may ask
         return client.open(path, method=method, **options)
 
     def get(self, path: str, **options: Any) -> TestResponse:
-        return self.ask("GET", path, **options)
+        return self.request("GET", path, **options)
 
     def post(self, body: bytes | None = None, **options: Any) -> TestResponse:
         options = {"content_type": "application/json", "path": "/process", **options}
-        return self.ask("POST", data=BODY if body is None else body, **options)
+        return self.request("POST", data=BODY if body is None else body, **options)
 
     def post_stream(
         self, stream: Any, length: int | None, path: str = "/process", **environ: Any
     ) -> TestResponse:
-        """A POST as Gunicorn hands it on; without a length, chunked."""
+        """A POST as Gunicorn passes it to the application; without a length, chunked."""
         environ |= {"wsgi.input": stream, "wsgi.input_terminated": True}
         environ |= {"CONTENT_LENGTH": str(length)} if length else {}
         environ |= {} if length else {"HTTP_TRANSFER_ENCODING": "chunked"}
         return self.post(b"", path=path, environ_overrides=environ)
 
-    def refuses(self, code: str, body: bytes | None = None, **options: Any) -> dict[str, Any]:
-        """The answer to a POST, which must be that error and leave nothing in the queue."""
-        answer = refusal(self.post(body, **options), code)
-        assert answer["error"].endswith("unavailable") or not self.sqs.messages
-        return answer
+    def rejects(self, code: str, body: bytes | None = None, **options: Any) -> dict[str, Any]:
+        """The body of the error response to a POST that leaves no message in the queue."""
+        rejected = error_body(self.post(body, **options), code)
+        assert code.endswith("unavailable") or not self.sqs.messages
+        return rejected
 
     def accepts(self, token: str) -> bool:
-        """Whether the token counts, asked without sending a message."""
-        code = self.post(envelope(None, token)).get_json()["error"]
+        """Whether the token is valid, by a request without data."""
+        code = self.post(request_body(None, token)).get_json()["error"]
         assert code in ("invalid_data", "invalid_token"), code
         return bool(code == "invalid_data")
 
     def parameters_of(self, token: str) -> dict[str, float]:
-        """The parameters for which a request with the token counts, and how often."""
+        """The parameters whose metric a request with the token increases."""
         before, head = self.metrics(), 'tokens_accepted_total{parameter="'
         self.accepts(token)
-        grown = self.grown(before)
-        return {n.removeprefix(head)[:-2]: v for n, v in grown.items() if n.startswith(head)}
+        changes = self.changes_since(before)
+        return {n.removeprefix(head)[:-2]: v for n, v in changes.items() if n.startswith(head)}
 
-    def grown(self, before: dict[str, float]) -> dict[str, float]:
-        """What has come to the metrics since then."""
+    def changes_since(self, before: dict[str, float]) -> dict[str, float]:
+        """The samples of /metrics that differ, with the difference."""
         now = self.metrics()
         return {name: now[name] - before[name] for name in now if now[name] != before[name]}
 
@@ -244,23 +242,23 @@ class Service:
 
 
 @pytest.fixture
-def service() -> Service:
-    return Service()
+def service() -> App:
+    return App()
 
 
-def envelope(data: Any = DATA, token: Any = TOKEN) -> bytes:
+def request_body(data: Any = DATA, token: Any = TOKEN) -> bytes:
     return json.dumps({"data": data, "token": token}).encode()
 
 
-BODY = envelope()
+BODY = request_body()
 
 
-def with_data(text: str) -> bytes:
+def body_with_data(text: str) -> bytes:
     return f'{{"token": {json.dumps(TOKEN)}, "data": {text}}}'.encode()
 
 
-def refusal(response: TestResponse, code: str) -> dict[str, Any]:
-    """The body of the answer, which is the error of that code in the shape that every error has."""
+def error_body(response: TestResponse, code: str) -> dict[str, Any]:
+    """The body of an error response, checked against the shape of every error."""
     body = response.get_json()
     assert (response.status_code, body["error"]) == (app.ERRORS[code][0], code), body
     assert response.mimetype == "application/json"
@@ -275,24 +273,24 @@ def refusal(response: TestResponse, code: str) -> dict[str, Any]:
     return dict(body)
 
 
-class Queue:
-    """A queue of moto's, the service that fills it, and its consumer."""
+class MotoQueue:
+    """A queue of moto's, a service that sends to it, and its consumer."""
 
     def __init__(self, sqs: Any, suffix: str = "", **attributes: str) -> None:
         self.sqs, name = sqs, f"{uuid.uuid4()}{suffix}"
         self.url = sqs.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
-        self.service = Service(sqs=sqs, sqs_queue_url=self.url)
+        self.service = App(sqs=sqs, sqs_queue_url=self.url)
 
     def only_message(self) -> dict[str, Any]:
         options = {"MaxNumberOfMessages": 10, "MessageAttributeNames": ["All"]}
-        answer = self.sqs.receive_message(QueueUrl=self.url, AttributeNames=["All"], **options)
-        (message,) = answer["Messages"]
+        response = self.sqs.receive_message(QueueUrl=self.url, AttributeNames=["All"], **options)
+        (message,) = response["Messages"]
         return dict(message)
 
 
 @pytest.fixture
-def queue(moto: Any) -> Queue:
-    return Queue(moto)
+def queue(moto: Any) -> MotoQueue:
+    return MotoQueue(moto)
 
 
 LogLines = Callable[[], list[dict[str, Any]]]
@@ -300,9 +298,7 @@ LogLines = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def log_at(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], LogLines]]:
-    """Set up the process's logging as Gunicorn does. What that gives returns the lines since then,
-    or since the last time.
-    """
+    """Configure logging, as Gunicorn does. The function returned gives the new lines."""
     names = ["", "email_processor", "gunicorn.error", "gunicorn.access"]
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
@@ -323,7 +319,7 @@ LogAt = Callable[[str], LogLines]
 # --- Success --------------------------------------------------------------------------------------
 
 
-def test_valid_request_puts_its_message_into_the_queue(queue: Queue) -> None:
+def test_valid_request_puts_its_message_into_the_queue(queue: MotoQueue) -> None:
     response = queue.service.post()
     message = queue.only_message()
     assert (response.status_code, response.mimetype) == (200, "application/json")
@@ -336,9 +332,9 @@ def test_valid_request_puts_its_message_into_the_queue(queue: Queue) -> None:
 
 
 def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget_aws(monkeypatch)
+    clear_aws_variables(monkeypatch)
     threads = set(threading.enumerate())
-    service = Service()
+    service = App()
     without_doubles = app.create_app(app.Settings(sqs_queue_url=QUEUE_URL))
     assert (service.ssm.reads, service.sqs.calls) == (0, 0)
     assert set(threading.enumerate()) <= threads
@@ -349,8 +345,8 @@ def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_health_is_200_while_aws_is_down() -> None:
-    service = Service(Ssm(DOWN), Sqs(DOWN, DOWN))
-    service.refuses("token_store_unavailable")
+    service = App(FakeSsm(DOWN), FakeSqs(DOWN, DOWN))
+    service.rejects("token_store_unavailable")
     calls = service.ssm.reads, service.sqs.calls
     response = service.get("/health")
     body = response.get_json()
@@ -377,17 +373,17 @@ def test_health_is_200_while_aws_is_down() -> None:
 def test_not_ready_is_503_that_names_what_is_missing(
     ssm: Any, attributes: Any, named: list[str], unnamed: str
 ) -> None:
-    response = Service(Ssm(ssm), Sqs(attributes=attributes)).get("/ready")
+    response = App(FakeSsm(ssm), FakeSqs(attributes=attributes)).get("/ready")
     code = "token_store_unavailable" if ssm else "queue_unavailable"
-    message = refusal(response, code)["message"]
+    message = error_body(response, code)["message"]
     assert all(word in message for word in named)
     assert unnamed not in message.lower()
 
 
-def test_ready_waits_for_no_call_of_aws(service: Service) -> None:
+def test_ready_waits_for_no_call_of_aws(service: App) -> None:
     service.tasks.held = True
     for _ in range(2):
-        message = refusal(service.get("/ready"), "token_store_unavailable")["message"]
+        message = error_body(service.get("/ready"), "token_store_unavailable")["message"]
         assert "sqs:GetQueueAttributes is in progress" in message
     assert (service.ssm.reads, service.sqs.calls) == (0, 0)
     for _ in range(3):
@@ -397,17 +393,17 @@ def test_ready_waits_for_no_call_of_aws(service: Service) -> None:
     assert service.tasks.waiting.empty()
 
 
-def test_ready_turns_200_when_what_was_missing_is_there() -> None:
-    service = Service(Ssm(DENIED), Sqs(attributes=DENIED))
+def test_ready_turns_200_once_token_and_queue_are_reached() -> None:
+    service = App(FakeSsm(DENIED), FakeSqs(attributes=DENIED))
     for _ in range(3):
-        refusal(service.get("/ready"), "token_store_unavailable")
+        error_body(service.get("/ready"), "token_store_unavailable")
     assert service.ssm.reads == 1, "at most one in five seconds"
-    service.ssm.answer = None
+    service.ssm.response = None
     service.clock.now += 5
-    refusal(service.get("/ready"), "queue_unavailable")
-    service.sqs.attributes = maximum("1024")
+    error_body(service.get("/ready"), "queue_unavailable")
+    service.sqs.attributes = queue_limit("1024")
     service.clock.now += 4.9
-    refusal(service.get("/ready"), "queue_unavailable")
+    error_body(service.get("/ready"), "queue_unavailable")
     service.clock.now += 0.1
     calls = service.sqs.calls
     for _ in range(3):
@@ -416,18 +412,18 @@ def test_ready_turns_200_when_what_was_missing_is_there() -> None:
     assert not service.sqs.messages
 
 
-def test_ready_stays_200_in_a_later_outage(service: Service) -> None:
+def test_ready_stays_200_in_a_later_outage(service: App) -> None:
     assert service.post().status_code == 200
     service.sqs.attributes = service.sqs.sent = DOWN
     for response, accepted in ((DOWN, True), (NO_PARAMETER, False)):
-        service.ssm.answer = response
+        service.ssm.response = response
         service.clock.now += 1000
         service.accepts(TOKEN)  # starts the read
         assert service.accepts(TOKEN) == accepted
         assert service.get("/ready").status_code == 200
 
 
-def test_index_lists_the_endpoints(service: Service) -> None:
+def test_index_lists_the_endpoints(service: App) -> None:
     body = service.get("/").get_json()
     assert set(body.pop("endpoints")) == {"POST /process", *(f"GET {path}" for path in GET_PATHS)}
     assert body == {"service": "email-processor", "version": app.VERSION, "commit": app.COMMIT}
@@ -454,7 +450,7 @@ def test_checkout_reports_its_own_commit(tmp_path: Path, monkeypatch: pytest.Mon
     assert app.commit_of(checkout) == "unknown"  # git is not installed
 
 
-def test_docs_page_loads_its_own_assets_only(service: Service) -> None:
+def test_docs_page_loads_its_own_assets_only(service: App) -> None:
     response = service.get("/docs")
     page, policy = response.get_data(as_text=True), response.headers["Content-Security-Policy"]
     assert (response.status_code, response.mimetype) == (200, "text/html")
@@ -474,29 +470,29 @@ def outcomes(**counts: int) -> dict[str, int]:
     return {f'requests_total{{outcome="{name}"}}': count for name, count in counts.items()}
 
 
-def test_duration_is_that_of_post_process_alone(service: Service) -> None:
+def test_duration_counts_post_process_only(service: App) -> None:
     before = service.metrics()
     service.get("/process")
     service.get("/health")
     for body in (BODY, b"{"):
         service.post(body)
-    grown = service.grown(before)
-    assert grown["request_duration_seconds_count"] == 2
-    assert grown["request_duration_seconds_sum"] > 0
+    changes = service.changes_since(before)
+    assert changes["request_duration_seconds_count"] == 2
+    assert changes["request_duration_seconds_sum"] > 0
 
 
 # --- Request id -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("offered", ["x" * 128, string.ascii_letters + string.digits + "._-"])
-def test_request_id_of_the_caller_is_kept(service: Service, offered: str) -> None:
+def test_request_id_of_the_caller_is_kept(service: App, offered: str) -> None:
     for path in ("/health", "/nowhere"):
         response = service.get(path, headers={"X-Request-Id": offered})
         assert response.headers.getlist("X-Request-Id") == [offered]
 
 
 @pytest.mark.parametrize("offered", ["", "x" * 129, "a b", "a\u00b2"])
-def test_malformed_request_id_is_replaced(service: Service, offered: str) -> None:
+def test_malformed_request_id_is_replaced(service: App, offered: str) -> None:
     headers = {"X-Request-Id": offered}
     ids = {service.get("/", headers=headers).headers["X-Request-Id"] for _ in range(3)}
     assert len(ids) == 3
@@ -506,13 +502,12 @@ def test_malformed_request_id_is_replaced(service: Service, offered: str) -> Non
 # --- Paths and methods ----------------------------------------------------------------------------
 
 
-# And no redirect to a known one.
 @pytest.mark.parametrize("path", ["", "/process/", "/docs//swagger-ui.css", "/\xff", "//process"])
-def test_unknown_path_is_404(service: Service, path: str) -> None:
-    # As Gunicorn hands it on: the client would take the first part of //process for a host.
+def test_unknown_path_is_404(service: App, path: str) -> None:
+    # In the environment: the client would take the first part of //process for a host.
     for method in ("GET", "POST", "OPTIONS"):
         environ = {"PATH_INFO": path, "REQUEST_METHOD": method}
-        service.refuses("not_found", environ_overrides=environ)
+        service.rejects("not_found", environ_overrides=environ)
 
 
 @pytest.mark.parametrize(
@@ -525,14 +520,12 @@ def test_unknown_path_is_404(service: Service, path: str) -> None:
         ("X", "/docs/swagger-ui.css", "GET, HEAD"),
     ],
 )
-def test_wrong_method_is_405_with_allow(
-    service: Service, method: str, path: str, allowed: str
-) -> None:
-    response = service.ask(method, path)
+def test_wrong_method_is_405_with_allow(service: App, method: str, path: str, allowed: str) -> None:
+    response = service.request(method, path)
     if method == "HEAD":
         assert (response.status_code, response.data) == (405, b"")
     else:
-        refusal(response, "method_not_allowed")
+        error_body(response, "method_not_allowed")
     assert response.headers["Allow"] == allowed
 
 
@@ -544,11 +537,11 @@ each_framing = pytest.mark.parametrize("declared", [True, False], ids=["length",
 
 @each_framing
 def test_body_one_byte_over_the_limit_is_413(declared: bool) -> None:
-    service = Service(max_request_bytes=len(BODY))
+    service = App(max_request_bytes=len(BODY))
     for body, status in ((BODY, 200), (BODY + b" ", 413)):
         response = service.post_stream(io.BytesIO(body), len(body) if declared else None)
         assert response.status_code == status
-    assert str(len(BODY)) in refusal(response, "request_too_large")["message"]
+    assert str(len(BODY)) in error_body(response, "request_too_large")["message"]
     assert len(service.sqs.messages) == 1
 
 
@@ -560,44 +553,44 @@ def test_body_one_byte_over_the_limit_is_413(declared: bool) -> None:
         (Mock(read=Mock(side_effect=ConnectionResetError)), None),
     ],
 )
-def test_truncated_body_is_400(service: Service, stream: Any, length: int | None) -> None:
-    refusal(service.post_stream(stream, length), "invalid_json")
+def test_truncated_body_is_400(service: App, stream: Any, length: int | None) -> None:
+    error_body(service.post_stream(stream, length), "invalid_json")
     assert not service.sqs.messages
 
 
 @pytest.mark.parametrize("code", ["request_too_large", "request_timeout", "overloaded"])
 def test_body_that_the_worker_has_not_received_is_its_error(
-    service: Service, log_at: LogAt, code: str
+    service: App, log_at: LogAt, code: str
 ) -> None:
     environ = {"worker.error": app.ApiError(code, cause="the worker's")}
     lines, stream = log_at("INFO"), io.BytesIO(BODY)
-    refusal(service.post_stream(stream, len(BODY), **environ), code)
+    error_body(service.post_stream(stream, len(BODY), **environ), code)
     assert stream.tell() == 0
     (line,) = lines()
     assert (line["error"], line["cause"]) == (code, "the worker's")
-    # Such a request is answered as any other where its body is not wanted.
-    refusal(service.post_stream(stream, len(BODY), "/nowhere", **environ), "not_found")
-    refusal(service.post_stream(stream, len(BODY), "/health", **environ), "method_not_allowed")
+    # Other paths do not read the body.
+    error_body(service.post_stream(stream, len(BODY), "/nowhere", **environ), "not_found")
+    error_body(service.post_stream(stream, len(BODY), "/health", **environ), "method_not_allowed")
     assert not service.sqs.messages
 
 
-# --- What is accepted, and what is not ------------------------------------------------------------
+# --- Validation -----------------------------------------------------------------------------------
 
 
 def nested(levels: int, level: str) -> bytes:
     """The request and its data are two of the levels, the innermost list one."""
     deep = level[:-1] * (levels - 3) + "[]" + level[-1] * (levels - 3)
-    return with_data(f'{{{json.dumps(DATA)[1:-1]}, "deep": {deep}}}')
+    return body_with_data(f'{{{json.dumps(DATA)[1:-1]}, "deep": {deep}}}')
 
 
 def valued(values: int, value: str) -> bytes:
     """The request with so many JSON values: six beside the texts and the list in which they are."""
     listed = ", ".join([value] * (values - 8))
-    return with_data(f'{{{json.dumps(DATA)[1:-1]}, "many": [{listed}]}}')
+    return body_with_data(f'{{{json.dumps(DATA)[1:-1]}, "many": [{listed}]}}')
 
 
-def with_timestamp(text: str) -> bytes:
-    return with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
+def body_with_timestamp(text: str) -> bytes:
+    return body_with_data(json.dumps(DATA).replace(json.dumps(DATA["email_timestream"]), text))
 
 
 def encoded(coding: str, body: bytes = BODY) -> dict[str, Any]:
@@ -615,24 +608,26 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "10,000 values": {"body": valued(10_000, "1")},
     "10,000 values with names": {"body": valued(5_004, '{"a,": 1}')},
     "10,000 empty values": {"body": valued(10_000, "[ ]").replace(b"[ ], [ ]", b"{}, { }")},
-    "code in a text": {"body": envelope({**DATA, "email_content": '[{"a": [1, "\\\\"]},' * 9_000})},
+    "code in a text": {
+        "body": request_body({**DATA, "email_content": '[{"a": [1, "\\\\"]},' * 9_000})
+    },
     # The neighbours of INVISIBLE, and some that are easily taken for empty.
     **{
-        f"{letter!a} alone": {"body": envelope({**DATA, "email_subject": letter})}
+        f"only {letter!a}": {"body": request_body({**DATA, "email_subject": letter})}
         for letter in "\u0301\u115e\u1161\u17b3\u17b6\u180a\u1810\u2801\u3163\ufdff\ufe10\uffa1-"
     },
-    "start of 2000": {"body": with_timestamp('"946684800"')},
-    "start of 2000, a number": {"body": with_timestamp("946684800")},
-    "start of 2100": {"body": with_timestamp('"4102444800"')},
-    "timestamp with zeros": {"body": with_timestamp('"00946684800"')},
-    # Werkzeug would refuse these.
+    "start of 2000": {"body": body_with_timestamp('"946684800"')},
+    "start of 2000, a number": {"body": body_with_timestamp("946684800")},
+    "start of 2100": {"body": body_with_timestamp('"4102444800"')},
+    "timestamp with zeros": {"body": body_with_timestamp('"00946684800"')},
+    # Werkzeug would reject these.
     "malformed Host": {"environ_overrides": {"HTTP_HOST": "[::1"}},
     "WebSocket": {"headers": {"Connection": "Upgrade", "Upgrade": "websocket"}},
 }
 
 
 @pytest.mark.parametrize("options", ACCEPTED.values(), ids=ACCEPTED)
-def test_request_that_keeps_the_rules_is_200(service: Service, options: dict[str, Any]) -> None:
+def test_valid_request_is_200(service: App, options: dict[str, Any]) -> None:
     assert service.post(**options).status_code == 200
     assert service.sqs.messages[0]["MessageBody"].startswith("{")
 
@@ -666,39 +661,40 @@ BAD_TIMESTAMPS = [
     *(f'"{"".join(chr(0x660 + int(digit)) for digit in "1693561101")}"', "true", "1693561101e0"),
     *("[1693561101]", "1.693561101e9"),
 ]
-# With what the message says.
 TYPE, TOKEN_PLACE = "unsupported_media_type", "top level of the JSON body"
-REFUSED: list[tuple[str, str, dict[str, Any]]] = [
+REJECTED: list[tuple[str, str, dict[str, Any]]] = [
     *((TYPE, "Content-Type", {"content_type": given}) for given in (None, "text/plain")),
     *((TYPE, "Content-Encoding", encoded(coding)) for coding in ("gzip", "x-gzip, identity")),
     (TYPE, "Content-Encoding", encoded("gzip", gzip.compress(BODY, mtime=0))),
     (TYPE, "Transfer-Encoding", {"environ_overrides": {"HTTP_TRANSFER_ENCODING": "gzip, chunked"}}),
     *(("invalid_json", "", {"body": body}) for body in NOT_JSON_OBJECTS),
     *(("invalid_json", why, {"body": body}) for why, bodies in LIMITS.items() for body in bodies),
-    *(("token_required", TOKEN_PLACE, {"body": envelope(token=token)}) for token in (None, "")),
+    *(("token_required", TOKEN_PLACE, {"body": request_body(token=token)}) for token in (None, "")),
     ("token_required", TOKEN_PLACE, {"body": b'{"data": {"token": "x"}}'}),
     ("token_required", TOKEN_PLACE, {"body": b"{}", "headers": {"Authorization": TOKEN}}),
-    *(("invalid_token", "Invalid token", {"body": envelope(DATA, t)}) for t in WRONG_TOKENS),
-    ("invalid_token", "Invalid token", {"body": envelope(None, "wrong")}),
-    ("invalid_token", "Invalid token", {"body": envelope({"email_subject": ""}, "wrong")}),
-    *(("invalid_data", "data", {"body": envelope(data)}) for data in (None, [DATA], "text")),
+    *(("invalid_token", "Invalid token", {"body": request_body(DATA, t)}) for t in WRONG_TOKENS),
+    ("invalid_token", "Invalid token", {"body": request_body(None, "wrong")}),
+    ("invalid_token", "Invalid token", {"body": request_body({"email_subject": ""}, "wrong")}),
+    *(("invalid_data", "data", {"body": request_body(data)}) for data in (None, [DATA], "text")),
     ("invalid_data", "data", {"body": json.dumps({**DATA, "token": TOKEN}).encode()}),
-    *(("invalid_timestamp", "timestamp", {"body": with_timestamp(t)}) for t in BAD_TIMESTAMPS),
+    *(("invalid_timestamp", "timestamp", {"body": body_with_timestamp(t)}) for t in BAD_TIMESTAMPS),
 ]
 
 
-@pytest.mark.parametrize(("code", "words", "options"), REFUSED, ids=lambda value: ascii(value)[:60])
-def test_request_that_breaks_a_rule_is_refused(
-    service: Service, code: str, words: str, options: dict[str, Any]
+@pytest.mark.parametrize(
+    ("code", "words", "options"), REJECTED, ids=lambda value: ascii(value)[:60]
+)
+def test_invalid_request_is_rejected(
+    service: App, code: str, words: str, options: dict[str, Any]
 ) -> None:
-    answer = service.refuses(code, **options)
-    assert words in answer["message"]
+    response = service.rejects(code, **options)
+    assert words in response["message"]
     if code == "invalid_timestamp":
-        error = {"field": "email_timestream", "message": answer["message"]}
-        assert answer["errors"] == [error]
+        error = {"field": "email_timestream", "message": response["message"]}
+        assert response["errors"] == [error]
     else:
-        assert "email_" not in answer["message"], "nothing of the fields without a token"
-        assert "errors" not in answer
+        assert "email_" not in response["message"], "field errors need a valid token"
+        assert "errors" not in response
 
 
 # Of each kind and range: white space, controls, format characters, default-ignorable code points
@@ -724,66 +720,70 @@ BAD_FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "value", "problem"), BAD_FIELDS)
-def test_bad_field_is_400_that_names_it(
-    service: Service, field: str, value: Any, problem: str
-) -> None:
+def test_bad_field_is_400_that_names_it(service: App, field: str, value: Any, problem: str) -> None:
     data = {name: v for name, v in {**DATA, field: value}.items() if v is not ABSENT}
-    answer = service.refuses("invalid_data", envelope(data))
-    assert answer["errors"] == [{"field": field, "message": answer["message"]}]
-    assert field in answer["message"]
-    assert problem in answer["message"]
+    response = service.rejects("invalid_data", request_body(data))
+    assert response["errors"] == [{"field": field, "message": response["message"]}]
+    assert field in response["message"]
+    assert problem in response["message"]
 
 
-def test_all_bad_fields_are_listed_at_once(service: Service) -> None:
+def test_all_bad_fields_are_listed_at_once(service: App) -> None:
     data = {"email_subject": "", "email_sender": 5, "email_timestream": "soon"}
-    answer = service.refuses("invalid_data", envelope(data))
-    assert [error["field"] for error in answer["errors"]] == list(DATA)
-    assert all(error["message"] in answer["message"] for error in answer["errors"])
+    response = service.rejects("invalid_data", request_body(data))
+    assert [error["field"] for error in response["errors"]] == list(DATA)
+    assert all(error["message"] in response["message"] for error in response["errors"])
 
 
 @pytest.mark.parametrize("token", ["\u00e9 or \U0001f600", "x" * 4096], ids=["Unicode", "long"])
 def test_any_token_that_ssm_holds_is_200(token: str) -> None:
-    service = Service(Ssm(**{PARAMETER: token}))
-    assert service.post(envelope(token=token)).status_code == 200
+    service = App(FakeSsm(**{PARAMETER: token}))
+    assert service.post(request_body(token=token)).status_code == 200
 
 
-@pytest.mark.parametrize("answer", [DOWN, NO_CODE, NO_PARAMETER, {}, {"Parameters": [5]}])
-def test_token_that_could_never_be_read_is_503(answer: Any) -> None:
-    service = Service(Ssm(answer))
+@pytest.mark.parametrize("response", [DOWN, NO_CODE, NO_PARAMETER, {}, {"Parameters": [5]}])
+def test_token_that_could_never_be_read_is_503(response: Any) -> None:
+    service = App(FakeSsm(response))
     for token in (TOKEN, "wrong"):
-        service.refuses("token_store_unavailable", envelope(None, token))
+        service.rejects("token_store_unavailable", request_body(None, token))
 
 
 # --- The order of the checks ----------------------------------------------------------------------
 
 
 BIG = {**DATA, "email_content": "x" * 2000}
-HUGE = {"data": b"\xff" * 9000, "content_type": "text/plain"}
+OVERSIZED = {"data": b"\xff" * 9000, "content_type": "text/plain"}
 ORDER: list[tuple[int, str, dict[str, Any]]] = [
     # Each request breaks the rule of its code, and as many of the later ones as it can.
-    (404, "not_found", {"path": "/nowhere", **HUGE}),
-    (405, "method_not_allowed", {"method": "PUT", **HUGE}),
-    (413, "request_too_large", HUGE),
+    (404, "not_found", {"path": "/nowhere", **OVERSIZED}),
+    (405, "method_not_allowed", {"method": "PUT", **OVERSIZED}),
+    (413, "request_too_large", OVERSIZED),
     (415, "unsupported_media_type", {"data": b"\xff", "content_type": "text/plain"}),
     (400, "invalid_json", {"data": b"\xff"}),
     (401, "token_required", {"data": b"{}", "ssm": DOWN}),
-    (401, "invalid_token", {"data": envelope(None, 5), "ssm": DOWN}),
-    (503, "token_store_unavailable", {"data": envelope(None), "ssm": DOWN}),
-    (400, "invalid_data", {"data": envelope(None)}),
-    (400, "invalid_data", {"data": envelope({**BIG, "email_sender": "", "email_timestream": "x"})}),
-    (400, "invalid_timestamp", {"data": envelope({**BIG, "email_timestream": "x"})}),
-    (413, "message_too_large", {"data": envelope(BIG), "attributes": maximum("1024")}),
-    (503, "queue_unavailable", {"data": envelope(BIG)}),
+    (401, "invalid_token", {"data": request_body(None, 5), "ssm": DOWN}),
+    (503, "token_store_unavailable", {"data": request_body(None), "ssm": DOWN}),
+    (400, "invalid_data", {"data": request_body(None)}),
+    (
+        400,
+        "invalid_data",
+        {"data": request_body({**BIG, "email_sender": "", "email_timestream": "x"})},
+    ),
+    (400, "invalid_timestamp", {"data": request_body({**BIG, "email_timestream": "x"})}),
+    (413, "message_too_large", {"data": request_body(BIG), "attributes": queue_limit("1024")}),
+    (503, "queue_unavailable", {"data": request_body(BIG)}),
 ]
 
 
 @pytest.mark.parametrize(("status", "code", "broken"), ORDER, ids=[code for _, code, _ in ORDER])
-def test_first_rule_that_is_broken_answers(status: int, code: str, broken: dict[str, Any]) -> None:
+def test_first_failed_check_decides_the_error(
+    status: int, code: str, broken: dict[str, Any]
+) -> None:
     options = {"method": "POST", "path": "/process", "content_type": "application/json"} | broken
-    sqs = Sqs(DOWN, options.pop("attributes", DOWN))
-    service = Service(Ssm(options.pop("ssm", None)), sqs, max_request_bytes=8000)
-    response = service.ask(**options)
-    refusal(response, code)
+    sqs = FakeSqs(DOWN, options.pop("attributes", DOWN))
+    service = App(FakeSsm(options.pop("ssm", None)), sqs, max_request_bytes=8000)
+    response = service.request(**options)
+    error_body(response, code)
     assert response.status_code == status
 
 
@@ -791,12 +791,12 @@ def test_first_rule_that_is_broken_answers(status: int, code: str, broken: dict[
 
 
 def filled(start: bytes, unit: bytes, end: bytes = b"") -> bytes:
-    """As large as a body may be, of whole units."""
+    """A body of the largest size."""
     return start + unit * ((2_097_152 - len(start + end)) // len(unit)) + end
 
 
 IN_LIST, END = b'{"data": {"x": [', b"0]}}"
-IN_TEXT = with_data(json.dumps(DATA)[:-1] + ', "x": "')[:-1]
+IN_TEXT = body_with_data(json.dumps(DATA)[:-1] + ', "x": "')[:-1]
 DENSE = {
     "nested lists": filled(IN_LIST, b"[" * 98 + b"]" * 98 + b",", END),
     "empty lists": filled(IN_LIST, b"[],", END),
@@ -829,7 +829,7 @@ DENSE = {
 
 @pytest.mark.parametrize("body", DENSE.values(), ids=DENSE)
 def test_body_of_2_mib_takes_less_than_20_mib_and_no_loop_over_its_parts(
-    service: Service, body: bytes
+    service: App, body: bytes
 ) -> None:
     """Python needs a function call or a line for each part that it handles itself."""
     steps = 0
@@ -874,83 +874,81 @@ def size_of(message: dict[str, Any]) -> int:
 def test_message_one_byte_over_the_limit_is_413(content: str, key: str) -> None:
     text = json.dumps({**DATA, "email_content": content}, ensure_ascii=False)
     headers = {"X-Request-Id": "r-1", "Idempotency-Key": key, "X-Amzn-Trace-Id": TRACE}
-    roomy = Service()
-    assert roomy.post(with_data(text), headers=headers).status_code == 200
+    roomy = App()
+    assert roomy.post(body_with_data(text), headers=headers).status_code == 200
     size = size_of(roomy.sqs.messages[0])
-    exact, short = (Service(sqs=Sqs(attributes=maximum(str(n)))) for n in (size, size - 1))
-    assert exact.post(with_data(text), headers=headers).status_code == 200
-    message = short.refuses("message_too_large", with_data(text), headers=headers)["message"]
+    exact, short = (App(sqs=FakeSqs(attributes=queue_limit(str(n)))) for n in (size, size - 1))
+    assert exact.post(body_with_data(text), headers=headers).status_code == 200
+    message = short.rejects("message_too_large", body_with_data(text), headers=headers)["message"]
     assert str(size) in message
     assert str(size - 1) in message
 
 
-def test_limit_lowered_since_it_was_read_is_413(queue: Queue) -> None:
+def test_limit_lowered_since_it_was_read_is_413(queue: MotoQueue) -> None:
     assert queue.service.post().status_code == 200
     attributes = {"MaximumMessageSize": "1024"}
     queue.sqs.set_queue_attributes(QueueUrl=queue.url, Attributes=attributes)
-    refusal(queue.service.post(envelope(BIG)), "message_too_large")
+    error_body(queue.service.post(request_body(BIG)), "message_too_large")
 
 
 # --- The queue ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer", [DOWN, NO_CODE, {}, {"MessageId": None}, []])
-def test_queue_that_fails_is_503_until_it_answers(answer: Any) -> None:
-    service = Service(sqs=Sqs(answer))
-    assert "as AWS puts it" not in service.refuses("queue_unavailable")["message"]
+@pytest.mark.parametrize("response", [DOWN, NO_CODE, {}, {"MessageId": None}, []])
+def test_queue_that_fails_is_503_until_it_answers(response: Any) -> None:
+    service = App(sqs=FakeSqs(response))
+    assert "as AWS puts it" not in service.rejects("queue_unavailable")["message"]
     service.clock.now += 1
     service.sqs.sent = {"MessageId": "later"}
     assert service.post().get_json()["message_id"] == "later"
 
 
-@pytest.mark.parametrize("answer", [DENIED, {}, {"Attributes": "x"}, maximum("x")])
-def test_queue_whose_limit_cannot_be_read_takes_messages(answer: Any) -> None:
-    service = Service(sqs=Sqs(attributes=answer))
+@pytest.mark.parametrize("response", [DENIED, {}, {"Attributes": "x"}, queue_limit("x")])
+def test_messages_are_sent_while_the_queues_limit_is_unknown(response: Any) -> None:
+    service = App(sqs=FakeSqs(attributes=response))
     assert service.post().status_code == 200
-    refusal(service.get("/ready"), "queue_unavailable")
+    error_body(service.get("/ready"), "queue_unavailable")
 
 
-# --- The unforeseen -------------------------------------------------------------------------------
+# --- Defects -------------------------------------------------------------------------------
 
 
-def test_defect_is_500_that_reveals_nothing(service: Service, log_at: LogAt) -> None:
+def test_defect_is_500_that_reveals_nothing(service: App, log_at: LogAt) -> None:
     def defect() -> None:
         raise RuntimeError("something internal")
 
     service.app.add_url_rule("/defect", view_func=defect)
     lines = log_at("INFO")
     response = service.get("/defect")
-    answer = refusal(response, "internal_error")
-    assert response.status_code == 500
-    assert not re.search("something internal|RuntimeError", json.dumps(answer))
+    body = error_body(response, "internal_error")
+    assert not re.search("something internal|RuntimeError", json.dumps(body))
     cause, request = lines()
     assert re.search("in defect.*RuntimeError: something internal", cause["exc_info"], re.DOTALL)
     assert cause["level"] == request["level"] == "ERROR"
-    assert cause["request_id"] == request["request_id"] == answer["request_id"]
+    assert cause["request_id"] == request["request_id"] == body["request_id"]
 
 
 # --- The token's cache ----------------------------------------------------------------------------
 
 
-def holding(*tokens: str, **changes: Any) -> Service:
+def holding(*tokens: str, **changes: Any) -> App:
     """A service whose SSM holds these tokens, each as the parameter of its name."""
-    ssm = Ssm(**{f"/{token}": token for token in tokens})
-    return Service(ssm, token_ssm_parameter=tuple(ssm.values), **changes)
+    ssm = FakeSsm(**{f"/{token}": token for token in tokens})
+    return App(ssm, token_ssm_parameter=tuple(ssm.values), **changes)
 
 
 @pytest.fixture
-def cached() -> Service:
+def cached() -> App:
     """A service whose cache holds the token "old"."""
     service = holding("old")
     assert service.accepts("old")
     return service
 
 
-def test_token_is_compared_in_constant_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_is_compared_with_all_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[set[bytes]] = []
     monkeypatch.setattr(hmac, "compare_digest", lambda *both: compared.append({*both}) or True)
     assert holding("a", "b").accepts("guess")
-    # With all, also after one that matched: the time does not tell which.
     assert compared == [{b"a", b"guess"}, {b"b", b"guess"}]
 
 
@@ -969,7 +967,7 @@ def test_token_is_read_again_at_70_to_90_percent_of_its_age() -> None:
     assert len(set(ages)) > 5, "workers that read in step"
 
 
-def test_mismatch_causes_one_read_every_five_seconds(cached: Service) -> None:
+def test_mismatch_causes_one_read_every_five_seconds(cached: App) -> None:
     for passed, reads in ((4.9, 1), (0.1, 2), (4.9, 2), (0.1, 3)):
         cached.clock.now += passed
         for _ in range(3):
@@ -978,7 +976,7 @@ def test_mismatch_causes_one_read_every_five_seconds(cached: Service) -> None:
         assert cached.ssm.reads == reads
 
 
-def test_short_cache_is_read_as_often_as_it_says() -> None:
+def test_short_cache_shortens_the_interval_of_reads() -> None:
     service = holding("old", token_cache_seconds=1)
     assert service.accepts("old")
     for passed, reads in ((0.5, 1), (0.5, 2), (0.5, 2), (0.5, 3)):
@@ -988,7 +986,7 @@ def test_short_cache_is_read_as_often_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("passed", [5, 60])
-def test_rotated_token_ends_the_old_one(cached: Service, passed: float) -> None:
+def test_rotated_token_replaces_the_old_one(cached: App, passed: float) -> None:
     cached.ssm.values, before = {"/old": "new"}, cached.metrics()
     cached.clock.now += passed
     if passed < 60:
@@ -996,7 +994,7 @@ def test_rotated_token_ends_the_old_one(cached: Service, passed: float) -> None:
     else:
         assert cached.accepts("old"), "while the read that it starts is in progress"
     assert not cached.accepts("old")
-    assert cached.grown(before)['token_reads_total{result="success"}'] == 1
+    assert cached.changes_since(before)['token_reads_total{result="success"}'] == 1
 
 
 ARN = "arn:aws:ssm:us-west-1:123456789012:parameter/a"
@@ -1013,12 +1011,12 @@ ARN = "arn:aws:ssm:us-west-1:123456789012:parameter/a"
         (f"{ARN}:3", {"Name": "/a", "ARN": ARN, "Selector": ":3"}),
     ],
 )
-def test_accepted_token_counts_for_its_parameter_as_configured(
+def test_accepted_token_is_counted_for_its_configured_parameter(
     log_at: LogAt, name: str, found: dict[str, str]
 ) -> None:
     other = {"Name": "/a-2", "ARN": f"{ARN}-2", "Value": "other"}
-    answer = {"Parameters": [other, {**found, "Value": "secret"}], "InvalidParameters": []}
-    service, lines = Service(Ssm(answer), token_ssm_parameter=(name, "/a-2")), log_at("INFO")
+    response = {"Parameters": [other, {**found, "Value": "secret"}], "InvalidParameters": []}
+    service, lines = (App(FakeSsm(response), token_ssm_parameter=(name, "/a-2")), log_at("INFO"))
     assert f'tokens_accepted_total{{parameter="{name}"}}' in service.metrics()
     assert service.parameters_of("secret") == {name: 1}
     assert service.parameters_of("other") == {"/a-2": 1}
@@ -1027,19 +1025,21 @@ def test_accepted_token_counts_for_its_parameter_as_configured(
     assert [line.get("token_parameter") for line in of_requests] == [name, "/a-2", None]
 
 
-def test_version_of_a_parameter_counts_apart_from_the_latest() -> None:
-    latest = {"Name": "/a", "ARN": ARN, "Value": "new"}
-    answer = {"Parameters": [latest, {**latest, "Selector": ":1", "Value": "old"}]}
-    service = Service(Ssm(answer), token_ssm_parameter=("/a:1", "/a"))
-    assert service.parameters_of("new") == {"/a": 1}
-    assert service.parameters_of("old") == {"/a:1": 1}
-
-
-@pytest.mark.parametrize("names", [("/a", "/b"), ("/b", "/a")])
-def test_token_of_two_parameters_counts_for_the_first_one_configured(names: tuple[str]) -> None:
-    sorted_by_name = [{"Name": name, "Value": "same"} for name in ("/a", "/b")]  # SSM does that
-    service = Service(Ssm({"Parameters": sorted_by_name}), token_ssm_parameter=names)
-    assert service.parameters_of("same") == {names[0]: 1}
+@pytest.mark.parametrize(
+    ("names", "parameters", "counted"),
+    [
+        (("/a:1", "/a"), [{"Selector": ":1", "Value": "old"}, {"Value": "token"}], "/a"),
+        (("/a", "/b"), [{"Value": "token"}, {"Name": "/b", "Value": "token"}], "/a"),
+        (("/b", "/a"), [{"Value": "token"}, {"Name": "/b", "Value": "token"}], "/b"),
+    ],
+    ids=["version", "first", "first configured"],
+)
+def test_token_counts_for_one_parameter(
+    names: tuple[str, ...], parameters: list[dict[str, str]], counted: str
+) -> None:
+    found = [{"Name": "/a", "ARN": ARN, **parameter} for parameter in parameters]  # by name
+    service = App(FakeSsm({"Parameters": found}), token_ssm_parameter=names)
+    assert service.parameters_of("token") == {counted: 1}
 
 
 STORED = [
@@ -1058,13 +1058,13 @@ STORED = [
 
 
 @pytest.mark.parametrize(("kind", "stored", "tokens", "warning"), STORED)
-def test_stored_value_counts_as_it_was_meant(
+def test_stored_value_is_normalised_with_a_warning(
     log_at: LogAt, kind: str, stored: str, tokens: list[str], warning: str
 ) -> None:
     parameter = {"Name": "/a/name", "Type": kind, "Value": stored}
     good = {"Name": "/b", "Type": "SecureString", "Value": "good"}
-    answer = {"Parameters": [parameter, good], "InvalidParameters": []}
-    service = Service(Ssm(answer), token_ssm_parameter=("/a/name", "/b"))
+    response = {"Parameters": [parameter, good], "InvalidParameters": []}
+    service = App(FakeSsm(response), token_ssm_parameter=("/a/name", "/b"))
     lines = log_at("INFO")
     assert all(service.accepts(token) for token in [*tokens, "good"])
     assert stored in tokens or not service.accepts(stored)
@@ -1078,7 +1078,7 @@ def test_stored_value_counts_as_it_was_meant(
     assert "cr3t" not in " ".join(texts)
 
 
-def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_token_of_a_deleted_parameter_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
     service = holding("a", "b")
     assert service.accepts("b")
     del service.ssm.values["/b"]
@@ -1091,28 +1091,28 @@ def test_deleted_parameter_stops_its_token_alone(caplog: pytest.LogCaptureFixtur
     assert warning.__dict__["parameters"] == ["/b"]
 
 
-NO_WORD_OF_IT = {"Parameters": [], "InvalidParameters": []}
+PARAMETER_LEFT_OUT = {"Parameters": [], "InvalidParameters": []}
 
 
-@pytest.mark.parametrize("answer", [DOWN, DENIED, {}, NO_WORD_OF_IT])
+@pytest.mark.parametrize("response", [DOWN, DENIED, {}, PARAMETER_LEFT_OUT])
 def test_last_known_token_works_while_ssm_fails(
-    cached: Service, caplog: pytest.LogCaptureFixture, answer: Any
+    cached: App, caplog: pytest.LogCaptureFixture, response: Any
 ) -> None:
     before = cached.metrics()
     assert abs(time.time() - before["token_read_timestamp_seconds"]) < 300
-    cached.ssm.answer = answer
+    cached.ssm.response = response
     cached.clock.now += 1000
     assert cached.accepts("old")
     assert not cached.accepts("guess")
-    grown = cached.grown(before)
-    assert grown['token_reads_total{result="failure"}'] == 1
-    assert not {'token_reads_total{result="success"}', "token_read_timestamp_seconds"} & {*grown}
+    changes = cached.changes_since(before)
+    assert changes['token_reads_total{result="failure"}'] == 1
+    assert not {'token_reads_total{result="success"}', "token_read_timestamp_seconds"} & {*changes}
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.__dict__["cause"]
 
 
-def test_ssm_that_fails_is_asked_every_five_seconds(cached: Service) -> None:
-    cached.ssm.answer = DOWN
+def test_failing_ssm_is_read_every_five_seconds(cached: App) -> None:
+    cached.ssm.response = DOWN
     cached.clock.now += 60
     for passed, reads in ((0, 2), (4.9, 2), (0.1, 3)):
         cached.clock.now += passed
@@ -1122,20 +1122,20 @@ def test_ssm_that_fails_is_asked_every_five_seconds(cached: Service) -> None:
         assert cached.ssm.reads == reads
 
 
-def test_slow_failure_of_ssm_costs_a_request_one_read() -> None:
+def test_slow_failure_of_ssm_is_one_read_per_request() -> None:
     def hang(**_: Any) -> None:
         service.clock.now += 5.5
         raise DOWN
 
-    service = Service(Ssm(hang))
+    service = App(FakeSsm(hang))
     for passed, reads in ((0, 1), (4.9, 1), (0.1, 2)):  # from its end on
         service.clock.now += passed
-        service.refuses("token_store_unavailable")
+        service.rejects("token_store_unavailable")
         assert service.ssm.reads == reads
 
 
 @pytest.mark.parametrize("passed", [59.9, 1000])
-def test_known_token_counts_while_it_is_read_again(cached: Service, passed: float) -> None:
+def test_known_token_is_accepted_while_a_read_is_in_progress(cached: App, passed: float) -> None:
     cached.ssm.values, cached.tasks.held = {"/old": "new"}, True
     cached.clock.now += passed
     assert all(cached.accepts("old") for _ in range(3))
@@ -1156,36 +1156,36 @@ def test_requests_with_an_unknown_token_wait_for_one_read(loaded: bool) -> None:
     with ThreadPoolExecutor() as pool:
         waiting = [pool.submit(service.accepts, token) for token in ("new", "new", "guess")]
         service.tasks.run_next()
-        assert [answer.result(timeout=20) for answer in waiting] == [True, True, False]
+        assert [future.result(timeout=20) for future in waiting] == [True, True, False]
     assert service.ssm.reads == reads + 1
     assert service.tasks.waiting.empty()
 
 
 @pytest.mark.parametrize("loaded", [True, False])
-def test_one_request_at_a_time_waits_for_an_ssm_that_is_known_to_fail(loaded: bool) -> None:
+def test_one_request_at_a_time_waits_for_a_failing_ssm(loaded: bool) -> None:
     service = holding("old")
     if loaded:
         assert service.accepts("old")
-    service.ssm.answer = DOWN
+    service.ssm.response = DOWN
     service.clock.now += 60
-    service.post(envelope(None, "guess"))
+    service.post(request_body(None, "guess"))
     service.clock.now += 5
     service.tasks.held = True
     code = "invalid_token" if loaded else "token_store_unavailable"
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(service.post, envelope(None, "guess"))
+        first = pool.submit(service.post, request_body(None, "guess"))
         run = service.tasks.waiting.get(timeout=20)
-        refusal(service.post(envelope(None, "guess")), code)
+        error_body(service.post(request_body(None, "guess")), code)
         assert not loaded or service.accepts("old")
         assert not first.done()
         run()
-        refusal(first.result(timeout=20), code)
+        error_body(first.result(timeout=20), code)
 
 
 # --- The response that waits for SQS --------------------------------------------------------------
 
 
-def begin(service: Service, **headers: str) -> tuple[Any, list[Any]]:
+def begin(service: App, **headers: str) -> tuple[Any, list[Any]]:
     """The WSGI iterable of a POST whose message waits for SQS, and what start_response gets."""
     service.tasks.held, started = True, list[Any]()
     builder = EnvironBuilder(
@@ -1198,7 +1198,7 @@ def begin(service: Service, **headers: str) -> tuple[Any, list[Any]]:
     ("sent", "status", "code"), [(None, 200, "success"), (DENIED, 503, "queue_unavailable")]
 )
 def test_response_that_waits_for_sqs_frees_its_thread(
-    service: Service, log_at: LogAt, sent: Any, status: int, code: str
+    service: App, log_at: LogAt, sent: Any, status: int, code: str
 ) -> None:
     assert service.post().status_code == 200  # the token is read
     service.sqs.sent, lines, called = sent or service.sqs.sent, log_at("INFO"), list[Any]()
@@ -1206,7 +1206,7 @@ def test_response_that_waits_for_sqs_frees_its_thread(
     body, started = begin(service, **{"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE})
     body.add_done_callback(called.append)
     assert (called, started, lines()) == ([], [], [])
-    assert service.grown(before)["requests_in_flight"] == 1
+    assert service.changes_since(before)["requests_in_flight"] == 1
     with ThreadPoolExecutor(1) as other_thread:  # which has no context of Flask's
         other_thread.submit(service.tasks.run_next).result(timeout=20)
         assert len(called) == 1
@@ -1217,14 +1217,14 @@ def test_response_that_waits_for_sqs_frees_its_thread(
     assert ("Retry-After" in dict(headers)) == (status == 503)
     (line,) = [line for line in lines() if line["message"] == "request"]
     assert (line["status"], line["request_id"], line["trace_id"]) == (status, "r-1", TRACE_ID)
-    grown = service.grown(before)
+    changes = service.changes_since(before)
     # The metrics have been read twice since then.
-    assert outcomes(**{code: 3 if status == 200 else 1}).items() <= grown.items()
-    assert "requests_in_flight" not in grown
-    assert grown["request_duration_seconds_count"] == 1
+    assert outcomes(**{code: 3 if status == 200 else 1}).items() <= changes.items()
+    assert "requests_in_flight" not in changes
+    assert changes["request_duration_seconds_count"] == 1
 
 
-def test_request_is_recorded_once_on_every_path(service: Service, log_at: LogAt) -> None:
+def test_request_is_recorded_once_on_every_path(service: App, log_at: LogAt) -> None:
     def defect() -> None:
         raise RuntimeError
 
@@ -1237,7 +1237,7 @@ def test_request_is_recorded_once_on_every_path(service: Service, log_at: LogAt)
         ("not_found", lambda: service.get("/nowhere")),
         ("method_not_allowed", lambda: service.get("/process")),
         ("internal_error", lambda: service.get("/defect")),
-        ("queue_unavailable", lambda: Service(sqs=Sqs(DENIED)).post()),
+        ("queue_unavailable", lambda: App(sqs=FakeSqs(DENIED)).post()),
         ("invalid_json", lambda: service.app.reject(app.ApiError("invalid_json"), ENVIRON)),
     ]
     for outcome, ask in asked:
@@ -1247,7 +1247,7 @@ def test_request_is_recorded_once_on_every_path(service: Service, log_at: LogAt)
             line.get("error", "success") for line in lines() if line["message"] == "request"
         ]
         assert recorded == [outcome]
-        counted = service.grown(before)
+        counted = service.changes_since(before)
         counted = {name: n for name, n in counted.items() if name.startswith("requests_total")}
         counted['requests_total{outcome="success"}'] -= 1  # of the metrics themselves
         assert {name: n for name, n in counted.items() if n} == outcomes(**{outcome: 1})
@@ -1274,9 +1274,9 @@ def text_values(text: str) -> Any:
     ],
     ids=["numbers", "nesting", "escapes", "characters"],
 )
-def test_body_is_the_data_unchanged_in_ascii(service: Service, more: str) -> None:
+def test_body_is_the_data_unchanged_in_ascii(service: App, more: str) -> None:
     text = f'{{{json.dumps(DATA)[1:-1]}, "email_timestream": 1693561101, {more}}}'
-    assert service.post(with_data(text)).status_code == 200
+    assert service.post(body_with_data(text)).status_code == 200
     body = service.sqs.messages[0]["MessageBody"]
     assert text_values(body) == text_values(text)
     assert not re.search(r"[^\t\n\r -~\x7f]", body), "SQS takes no other control characters"
@@ -1291,7 +1291,7 @@ def test_body_is_the_data_unchanged_in_ascii(service: Service, more: str) -> Non
     ],
     ids=["twice", "escaped name", "in strings"],
 )
-def test_data_is_found_wherever_it_stands(service: Service, text: str) -> None:
+def test_data_is_found_wherever_it_stands(service: App, text: str) -> None:
     decoy = {**DATA, "email_subject": "decoy"}
     for word, value in (("DATA", DATA), ("DECOY", decoy), ("TOKEN", TOKEN)):
         text = text.replace(word, json.dumps(value))
@@ -1304,7 +1304,7 @@ def attributes_of(message: dict[str, Any]) -> dict[str, str]:
     return {name: value["StringValue"] for name, value in message["MessageAttributes"].items()}
 
 
-def test_message_tells_about_its_request(queue: Queue) -> None:
+def test_message_has_attributes_of_its_request(queue: MotoQueue) -> None:
     headers = {"X-Request-Id": "r-1", "Idempotency-Key": " order 1843/\u00e9 "}
     assert queue.service.post(headers={**headers, "X-Amzn-Trace-Id": TRACE}).status_code == 200
     message = queue.only_message()
@@ -1321,7 +1321,7 @@ def test_message_tells_about_its_request(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "  "}], ids=["no key", "blank key"])
-def test_message_has_nothing_that_is_not_needed(service: Service, headers: dict[str, str]) -> None:
+def test_message_has_nothing_that_is_not_needed(service: App, headers: dict[str, str]) -> None:
     response = service.post(headers=headers)
     (message,) = service.sqs.messages
     attributes = attributes_of(message)
@@ -1352,7 +1352,7 @@ TRACES = {
 
 @pytest.mark.parametrize(("given", "passed_on"), TRACES.items(), ids=lambda t: ascii(t)[-20:])
 def test_well_formed_fields_of_the_trace_header_go_on(
-    service: Service, log_at: LogAt, given: str, passed_on: str | None
+    service: App, log_at: LogAt, given: str, passed_on: str | None
 ) -> None:
     lines = log_at("INFO")
     assert service.post(headers={"X-Amzn-Trace-Id": given}).status_code == 200
@@ -1362,7 +1362,7 @@ def test_well_formed_fields_of_the_trace_header_go_on(
 
 
 def test_fifo_queue_drops_a_repeated_idempotency_key(moto: Any) -> None:
-    queue = Queue(moto, ".fifo", FifoQueue="true")
+    queue = MotoQueue(moto, ".fifo", FifoQueue="true")
     for request_id in ("r-1", "r-2"):
         headers = {"X-Request-Id": request_id, "Idempotency-Key": "k-1"}
         assert queue.service.post(headers=headers).status_code == 200
@@ -1377,17 +1377,17 @@ def test_fifo_queue_drops_a_repeated_idempotency_key(moto: Any) -> None:
         ("名".encode(), "名"),
         (b"\xe9-1", "é-1"),
         (b" k ", "k"),
-        ("\uffff".encode(), "\xef\xbf\xbf"),  # a character that SQS refuses
+        ("\uffff".encode(), "\xef\xbf\xbf"),  # a character that SQS rejects
     ],
 )
-def test_idempotency_key_arrives_as_its_text(service: Service, sent: bytes, arrives: str) -> None:
+def test_idempotency_key_arrives_as_its_text(service: App, sent: bytes, arrives: str) -> None:
     environ = {"HTTP_IDEMPOTENCY_KEY": sent.decode("latin-1")}  # as WSGI shows bytes
     assert service.post(environ_overrides=environ).status_code == 200
     assert attributes_of(service.sqs.messages[0])["IdempotencyKey"] == arrives
 
 
 def test_deduplication_id_is_one_that_sqs_takes() -> None:
-    service = Service(sqs_queue_url=QUEUE_URL + ".fifo")
+    service = App(sqs_queue_url=QUEUE_URL + ".fifo")
     keys = [string.punctuation, "x" * 128, "x" * 129, "x" * 130, "a b", "a\u00e9", "", ""]
     for key in keys:
         headers = {"Idempotency-Key": key, "X-Request-Id": "shared"}
@@ -1467,14 +1467,14 @@ def test_several_bad_settings_are_named_at_once() -> None:
 # --- Logging --------------------------------------------------------------------------------------
 
 
-def test_request_gives_one_line_with_documented_fields(service: Service, log_at: LogAt) -> None:
+def test_request_gives_one_line_with_documented_fields(service: App, log_at: LogAt) -> None:
     lines = log_at("INFO")
     # The ALB appends the address that it saw to what the client has sent.
     forwarded = {"X-Forwarded-For": "spoofed, 2001:db8::1 ", "X-Amzn-Trace-Id": TRACE}
     service.post(headers={"X-Request-Id": "r-1", **forwarded})
-    service.post(envelope(token="wrong"), headers={"X-Request-Id": "r-2"})
-    accepted, refused = lines()
-    for line in (accepted, refused):
+    service.post(request_body(token="wrong"), headers={"X-Request-Id": "r-2"})
+    accepted, rejected = lines()
+    for line in (accepted, rejected):
         assert abs(datetime.now(UTC) - datetime.fromisoformat(line.pop("time"))).seconds < 300
         assert line.pop("duration_ms") >= 0
     always = {"level": "INFO", "logger": "email_processor", "message": "request"}
@@ -1483,10 +1483,10 @@ def test_request_gives_one_line_with_documented_fields(service: Service, log_at:
     untraced = {"request_id": "r-2", "client": "127.0.0.1"}
     always_accepted = {"status": 200, "message_id": "6e5f0a2b", "token_parameter": PARAMETER}
     assert accepted == {**always, **traced, **always_accepted}
-    assert refused == {**always, **untraced, "status": 401, "error": "invalid_token"}
+    assert rejected == {**always, **untraced, "status": 401, "error": "invalid_token"}
 
 
-def test_every_line_of_a_request_tells_its_id_and_trace(service: Service, log_at: LogAt) -> None:
+def test_every_log_line_has_the_id_and_trace_of_its_request(service: App, log_at: LogAt) -> None:
     def view() -> None:
         logging.getLogger("botocore").error("another library's, inside of the request")
         raise app.ApiError("internal_error")
@@ -1503,11 +1503,11 @@ def test_every_line_of_a_request_tells_its_id_and_trace(service: Service, log_at
 
 def test_5xx_is_logged_as_an_error_with_its_cause(log_at: LogAt) -> None:
     lines = log_at("INFO")
-    Service(sqs=Sqs(DENIED)).post()
-    cause, answer = lines()
-    assert cause["level"] == answer["level"] == "ERROR"
+    App(sqs=FakeSqs(DENIED)).post()
+    cause, response = lines()
+    assert cause["level"] == response["level"] == "ERROR"
     assert re.search("AccessDeniedException.*as AWS puts it", cause["cause"])
-    assert (answer["status"], answer["error"]) == (503, "queue_unavailable")
+    assert (response["status"], response["error"]) == (503, "queue_unavailable")
 
 
 LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
@@ -1515,7 +1515,7 @@ LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
 
 @pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
 def test_log_level_chooses_what_is_logged(log_at: LogAt, level: str) -> None:
-    service = Service(sqs=Sqs(DENIED), token_ssm_parameter=(PARAMETER, "/missing"))
+    service = App(sqs=FakeSqs(DENIED), token_ssm_parameter=(PARAMETER, "/missing"))
     lines, quiet = log_at(level), ["/health", "/ready", "/metrics"]
     for path in (*quiet, "/nowhere"):
         service.get(path)
@@ -1526,7 +1526,7 @@ def test_log_level_chooses_what_is_logged(log_at: LogAt, level: str) -> None:
     assert of_quiet == (["DEBUG"] * 3 if level == "DEBUG" else [])
 
 
-def test_log_level_debug_is_for_the_application_alone(log_at: LogAt) -> None:
+def test_log_level_does_not_apply_to_libraries(log_at: LogAt) -> None:
     log_at("DEBUG")
     assert logging.getLogger("email_processor").isEnabledFor(logging.DEBUG)
     # At DEBUG, botocore logs decrypted tokens and message bodies.
@@ -1537,18 +1537,18 @@ def test_log_level_debug_is_for_the_application_alone(log_at: LogAt) -> None:
 
 
 SECRET_DATA = {name: f"SECRET-{name}" for name in DATA} | {"email_timestream": "1693561101"}
-SECRET = envelope(SECRET_DATA, "SECRET-token")
+SECRET = request_body(SECRET_DATA, "SECRET-token")
 QUOTING = ValueError("no JSON: SECRET-token SECRET-email_content")  # as some parsers do
 SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("success", SECRET, {}),
     ("invalid_json", SECRET[:-1], {}),
     ("invalid_json", SECRET.replace(b"SECRET", b"SECRET\xff"), {}),
-    ("invalid_token", envelope(SECRET_DATA, "SECRET-guess"), {}),
+    ("invalid_token", request_body(SECRET_DATA, "SECRET-guess"), {}),
     ("invalid_data", SECRET.replace(b'"SECRET-email_sender"', b'["SECRET"]'), {}),
     ("invalid_timestamp", SECRET.replace(b"1693561101", b"SECRET"), {}),
     ("message_too_large", SECRET.replace(b"SECRET-email_sender", b"SECRET" * 400), {}),
     ("token_store_unavailable", SECRET, {"ssm": QUOTING}),
-    ("success", SECRET, {"attributes": maximum("SECRET")}),
+    ("success", SECRET, {"attributes": queue_limit("SECRET")}),
     ("queue_unavailable", SECRET, {"sent": QUOTING}),
 ]
 
@@ -1558,13 +1558,13 @@ def test_no_log_line_holds_a_token_or_a_field(
     log_at: LogAt, code: str, body: bytes, failing: dict[str, Any]
 ) -> None:
     lines = log_at("DEBUG")
-    ssm = Ssm(failing.get("ssm"), **{PARAMETER: "SECRET-token"})
-    sqs = Sqs(failing.get("sent"), failing.get("attributes", maximum("2048")))
-    answer = Service(ssm, sqs).post(body).get_json()
-    assert answer.get("error", "success") == code
+    ssm = FakeSsm(failing.get("ssm"), **{PARAMETER: "SECRET-token"})
+    sqs = FakeSqs(failing.get("sent"), failing.get("attributes", queue_limit("2048")))
+    response = App(ssm, sqs).post(body).get_json()
+    assert response.get("error", "success") == code
     logged = lines()
     assert logged[-1]["path"] == "/process"
-    assert "SECRET" not in json.dumps([answer, *logged])
+    assert "SECRET" not in json.dumps([response, *logged])
 
 
 def long_traceback() -> Any:
