@@ -1,4 +1,4 @@
-"""The pages and openapi.yaml say what app.py does; one that changes alone fails here."""
+"""The pages and openapi.yaml agree with app.py."""
 
 import json
 import re
@@ -25,7 +25,7 @@ page = PAGES.__getitem__  # the text of README.md, SETUP.md or docs/NAME.md
 
 
 def section(heading: str) -> str:
-    """What stands under a heading, on whatever page."""
+    """The text under a heading, of any page."""
     for text in PAGES.values():
         if found := re.search(rf"^(#+) {re.escape(heading)}\n", text, re.MULTILINE):
             return re.split(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], flags=re.M)[0]
@@ -51,8 +51,8 @@ def error_examples(schema: Any) -> dict[str, str]:
     return {}
 
 
-def test_tables_are_what_the_code_makes_of_them() -> None:
-    """`python docs/tables.py` mends one that is not."""
+def test_generated_tables_are_up_to_date() -> None:
+    """`python docs/tables.py` updates them."""
     stale = [name for name, text in PAGES.items() if TABLES["rewritten"](text) != text]
     assert stale == []
     made = re.findall(r"<!-- table: (\w+) -->", "".join(PAGES.values()))

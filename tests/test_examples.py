@@ -1,4 +1,4 @@
-"""The clients of docs/clients.md do what it says; each runs as it stands there."""
+"""The clients of docs/clients.md, each run as it is printed there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def code_blocks(text: str) -> dict[str, str]:
 
 
 CLIENTS = code_blocks(page("clients"))
-# What has to be installed, and what runs a file with which suffix.
+# Command that must be installed, program, and suffix of its files.
 TOOLS = {
     "bash": ("curl", "bash", "sh"),
     "python": (sys.executable, sys.executable, "py"),
@@ -54,7 +54,7 @@ def start(language: str, code: str, folder: Path, **variables: str) -> subproces
 
 
 def end(client: subprocess.Popen[str]) -> tuple[int, str]:
-    """The client's exit status and what it wrote."""
+    """The client's exit status and output."""
     try:
         output, _ = client.communicate(timeout=2 * WAIT)
     finally:
@@ -111,8 +111,8 @@ def test_client_queues_its_message(
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_client_shows_what_is_its_own_fault(
-    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
+def test_client_shows_the_errors_of_its_fields(
+    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
     before = requests_with(running, "invalid_data")
@@ -125,15 +125,15 @@ def test_client_shows_what_is_its_own_fault(
 
 
 @pytest.mark.slow
-def test_clients_outlast_a_queue_that_is_down(
-    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
+def test_clients_outlast_an_unavailable_queue(
+    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
-    refused = requests_with(running, "queue_unavailable") + len(INSTALLED)
-    fake_aws.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
+    rejected = requests_with(running, "queue_unavailable") + len(INSTALLED)
+    fake.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
     clients = [start(name, CLIENTS[name], tmp_path / name, **variables) for name in INSTALLED]
     try:
-        eventually(lambda: requests_with(running, "queue_unavailable") >= refused)
+        eventually(lambda: requests_with(running, "queue_unavailable") >= rejected)
     finally:
         fake_aws.set(faults={})
         ends = [end(client) for client in clients]
@@ -143,33 +143,33 @@ def test_clients_outlast_a_queue_that_is_down(
     assert all(any(queued_id in output for queued_id in queued) for _, output in ends)
 
 
-# --- What only a load balancer does ---------------------------------------------------------------
+# --- Responses of the load balancer ---------------------------------------------------------------
 
 
 class Balancer(http.server.ThreadingHTTPServer):
-    """Answers each path with what it has in store for it, the last one again and again."""
+    """Gives each path's responses in turn; repeats the last."""
 
     daemon_threads = True
 
-    def __init__(self, answers: dict[str, list[tuple[int, dict[str, str], str]]]) -> None:
-        super().__init__(("127.0.0.1", 0), Answering)
-        self.answers = answers
+    def __init__(self, responses: dict[str, list[tuple[int, dict[str, str], str]]]) -> None:
+        super().__init__(("127.0.0.1", 0), BalancerHandler)
+        self.responses = responses
         self.requests: dict[str, list[tuple[str | None, bytes]]] = defaultdict(list)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that close their connection."""
 
 
-class Answering(http.server.BaseHTTPRequestHandler):
+class BalancerHandler(http.server.BaseHTTPRequestHandler):
     server: Balancer
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         requests = self.server.requests[self.path]
         requests.append((self.headers["Idempotency-Key"], body))
-        answers = self.server.answers[self.path]
-        status, headers, text = answers[min(len(requests), len(answers)) - 1]
-        if not status:  # the connection closes without an answer
+        responses = self.server.responses[self.path]
+        status, headers, text = responses[min(len(requests), len(responses)) - 1]
+        if not status:  # the connection closes without a response
             self.close_connection = True
             return
         self.send_response(status)
@@ -194,7 +194,7 @@ STAYS_DOWN = [(504, SOON, "<html><body>504 Gateway Time-out</body></html>")]
 
 
 @pytest.mark.slow
-def test_clients_send_the_same_again_five_times_at_most(tmp_path: Path) -> None:
+def test_clients_send_a_request_five_times_at_most(tmp_path: Path) -> None:
     kinds = {"recovers": RECOVERS, "stays-down": STAYS_DOWN}
     ways = [(kind, language) for kind in kinds for language in INSTALLED]
     balancer = Balancer({f"/{kind}/{name}/process": kinds[kind] for kind, name in ways})

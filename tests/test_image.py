@@ -51,7 +51,7 @@ IDENTITY = {
 
 
 def build(*options: str, folder: Path = PROJECT, **changes: str) -> str:
-    """The image's id: another run may give the name to an image of its own."""
+    """The image's id: another run may reuse its name."""
     pairs = {**IDENTITY, **changes}.items()
     arguments = [word for pair in pairs for word in ("--build-arg", "=".join(pair))]
     return docker("build", "--quiet", "--tag", IMAGE, *arguments, *options, str(folder))
@@ -63,8 +63,8 @@ def image() -> str:
 
 
 @contextmanager
-def running(image: str, fake_aws: FakeAws) -> Iterator[tuple[str, int, float]]:
-    """A container that answers /health: its name, its port, and the seconds that it took."""
+def running(image: str, fake: FakeAws) -> Iterator[tuple[str, int, float]]:
+    """A healthy container: its name, its port, and the seconds until it was healthy."""
     port, begin = free_port(), time.monotonic()
     variables = {**fake_aws.variables(), "PORT": str(port)}
     variables |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -122,7 +122,7 @@ def test_each_build_of_a_commit_gives_the_same_image(image: str, tmp_path: Path)
     assert build("--no-cache", folder=tmp_path) == image
 
 
-def test_image_holds_nothing_but_the_application(image: str) -> None:
+def test_image_holds_only_the_application(image: str) -> None:
     files = docker("run", "--rm", image, "find", "/srv", "-type", "f", "-not", "-name", "*.pyc")
     assert {path.rpartition("/")[2] for path in files.splitlines()} == FILES
     installed = docker("run", "--rm", image, "ls", "/opt/venv/bin")

@@ -1,4 +1,4 @@
-"""The log queries and the Grafana dashboard, against what a running service really writes."""
+"""The log queries and the Grafana dashboard, against the log and metrics of a running service."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def observed(start_service: StartService, fake_aws_process: FakeAws) -> tuple[list[Record], str]:
-    """A service that has had good and bad minutes: its log as CloudWatch has it, its /metrics."""
+def observed(start_service: StartService, fake_process: FakeAws) -> tuple[list[Record], str]:
+    """After successes and failures: the log in the form of CloudWatch, and /metrics."""
     settings = {"GUNICORN_WORKERS": "1", "TOKEN_CACHE_SECONDS": "1"}
     wrong = json.dumps({"data": {**DATA, "email_subject": ""}, "token": TOKEN}).encode()
-    marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # first sent, then not
+    marked = post(BODY, f"X-Request-Id: {REQUEST_ID}", TRACE)  # sent, and later rejected
     throttled = {"kind": "error", "status": 400, "code": "ThrottlingException"}
     fake_aws_process.set(latency_ms=2, faults={}, parameters={PARAMETER: TOKEN})
     with start_service(**fake_aws_process.variables(), **settings) as service:
@@ -56,7 +56,7 @@ def observed(start_service: StartService, fake_aws_process: FakeAws) -> tuple[li
 
 
 def values(records: list[Record], path: str) -> list[Any]:
-    """What the records have under a path such as log_processed.status."""
+    """The records' values of a path such as log_processed.status."""
     found: list[Any] = records
     for name in path.split("."):
         found = [value[name] for value in found if isinstance(value, dict) and name in value]
@@ -72,9 +72,7 @@ def queries() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("title", queries())
-def test_log_query_asks_for_fields_that_the_log_has(
-    observed: tuple[list[Record], str], title: str
-) -> None:
+def test_log_query_uses_fields_of_the_log(observed: tuple[list[Record], str], title: str) -> None:
     records, _ = observed
     query = queries()[title]
     fields = set(re.findall(r"(?:log_processed|kubernetes)\.\w+", query))
@@ -108,7 +106,7 @@ EXPRESSIONS = {
     for panel in DASHBOARD["panels"]
     for target in panel["targets"]
 }
-BY_PROMETHEUS = {"namespace", "pod"}  # labels that it adds itself
+BY_PROMETHEUS = {"namespace", "pod"}  # labels that Prometheus adds
 
 
 def series(metrics: str) -> dict[str, list[dict[str, str]]]:
@@ -120,7 +118,7 @@ def series(metrics: str) -> dict[str, list[dict[str, str]]]:
 
 
 @pytest.mark.parametrize("title", EXPRESSIONS)
-def test_expression_asks_for_series_that_the_service_has(
+def test_expression_uses_series_of_the_service(
     observed: tuple[list[Record], str], title: str
 ) -> None:
     served, expression = series(observed[1]), EXPRESSIONS[title]

@@ -1,4 +1,4 @@
-"""The runbook has an entry for whatever an operator can meet, and its commands run."""
+"""The runbook has an entry for every alarm, error code and cause, and its commands run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_5xx_code_has_an_entry() -> None:
 
 
 def test_entries_have_the_same_parts() -> None:
-    """What it means, what clients see, where to look, what to do, when it is over."""
+    """Meaning, effect on clients, evidence, procedure, end."""
     procedures = re.findall(r"^### (.+)$", RUNBOOK.split("\n## Disaster recovery\n")[1], re.M)
     parts = {
         title: tuple(part.rstrip(":") for part in re.findall(r"^- \*\*([\w ]+:?)\*\*", text, re.M))
@@ -51,7 +51,7 @@ def test_entries_have_the_same_parts() -> None:
     assert len(same) == 5
 
 
-def test_first_look_names_log_messages_of_the_service() -> None:
+def test_log_messages_that_it_names_are_the_services() -> None:
     rows = [row.split("|")[1] for row in RUNBOOK.splitlines() if row.startswith("| ")]
     named = [text for row in rows if "log" in row for text in re.findall(r"`(\w+(?: \w+)+)`", row)]
     assert len(named) >= 5
@@ -71,7 +71,7 @@ OPERATIONS = {
     "ssm": ("GetParameters",),
     "sts": ("AssumeRoleWithWebIdentity",),
 }
-# What AWS documents for all of its services, and SQS's, KMS's and STS's older spellings.
+# The common errors of AWS's services, and older spellings of SQS, KMS and STS.
 COMMON = re.findall(
     r"\S+",
     """
@@ -189,8 +189,8 @@ def test_commands_of_aws_run(emulator: str) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", RUNBOOK, re.DOTALL)
     blocks[0] = blocks[0].split("\n\n")[0]
     commands = re.sub(r"^\./deploy\.sh .*", "", "\n".join(blocks), flags=re.MULTILINE)
-    # Version 1 of the command ignores AWS_ENDPOINT_URL for SQS. What the emulator does not have is
-    # checked by the command alone, arguments and all.
+    # Version 1 of the command ignores AWS_ENDPOINT_URL for SQS. Of an operation that the emulator
+    # does not have, the command checks the arguments.
     stand_ins = """kubectl() { case $1 in
       get) echo pod/a ;;
       exec) echo 'email_processor_tokens_accepted_total{parameter="/a"} 1.0'
