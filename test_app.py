@@ -335,10 +335,10 @@ def test_creating_the_app_calls_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     clear_aws_variables(monkeypatch)
     threads = set(threading.enumerate())
     service = App()
-    without_doubles = app.create_app(app.Settings(sqs_queue_url=QUEUE_URL))
+    with_aws_clients = app.create_app(app.Settings(sqs_queue_url=QUEUE_URL))
     assert (service.ssm.reads, service.sqs.calls) == (0, 0)
     assert set(threading.enumerate()) <= threads
-    assert without_doubles.test_client().get("/health").status_code == 200
+    assert with_aws_clients.test_client().get("/health").status_code == 200
 
 
 # --- The other endpoints --------------------------------------------------------------------------
@@ -895,7 +895,7 @@ def test_limit_lowered_since_it_was_read_is_413(queue: MotoQueue) -> None:
 
 
 @pytest.mark.parametrize("response", [DOWN, NO_CODE, {}, {"MessageId": None}, []])
-def test_queue_that_fails_is_503_until_it_answers(response: Any) -> None:
+def test_failing_queue_is_503_until_it_recovers(response: Any) -> None:
     service = App(sqs=FakeSqs(response))
     assert "as AWS puts it" not in service.rejects("queue_unavailable")["message"]
     service.clock.now += 1
@@ -1186,7 +1186,7 @@ def test_one_request_at_a_time_waits_for_a_failing_ssm(loaded: bool) -> None:
 
 
 def begin(service: App, **headers: str) -> tuple[Any, list[Any]]:
-    """The WSGI iterable of a POST whose message waits for SQS, and what start_response gets."""
+    """The WSGI iterable of a POST whose message waits for SQS, and the calls of start_response."""
     service.tasks.held, started = True, list[Any]()
     builder = EnvironBuilder(
         "/process", method="POST", data=BODY, content_type="application/json", headers=headers
@@ -1260,7 +1260,7 @@ ENVIRON = {"REQUEST_METHOD": "", "PATH_INFO": "", "REMOTE_ADDR": "127.0.0.1"}
 
 
 def text_values(text: str) -> Any:
-    """The JSON with every number as it is written."""
+    """The JSON with each number as its source text."""
     return json.loads(text, parse_int=str, parse_float=str)
 
 
@@ -1291,7 +1291,7 @@ def test_body_is_the_data_unchanged_in_ascii(service: App, more: str) -> None:
     ],
     ids=["twice", "escaped name", "in strings"],
 )
-def test_data_is_found_wherever_it_stands(service: App, text: str) -> None:
+def test_last_data_member_is_the_message(service: App, text: str) -> None:
     decoy = {**DATA, "email_subject": "decoy"}
     for word, value in (("DATA", DATA), ("DECOY", decoy), ("TOKEN", TOKEN)):
         text = text.replace(word, json.dumps(value))
@@ -1321,7 +1321,9 @@ def test_message_has_attributes_of_its_request(queue: MotoQueue) -> None:
 
 
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "  "}], ids=["no key", "blank key"])
-def test_message_has_nothing_that_is_not_needed(service: App, headers: dict[str, str]) -> None:
+def test_message_without_headers_has_three_attributes(
+    service: App, headers: dict[str, str]
+) -> None:
     response = service.post(headers=headers)
     (message,) = service.sqs.messages
     attributes = attributes_of(message)
@@ -1394,7 +1396,7 @@ def test_deduplication_id_is_one_that_sqs_takes() -> None:
         assert service.post(headers=headers).status_code == 200
     ids = [message["MessageDeduplicationId"] for message in service.sqs.messages]
     assert ids[:2] == keys[:2]
-    assert len(set(ids)) == len(keys), "each request without a key has an id of its own"
+    assert len(set(ids)) == len(keys), "requests without a key share an id"
     assert all(re.fullmatch(r"[!-~]{1,128}", given) for given in ids)
 
 
@@ -1467,9 +1469,9 @@ def test_several_bad_settings_are_named_at_once() -> None:
 # --- Logging --------------------------------------------------------------------------------------
 
 
-def test_request_gives_one_line_with_documented_fields(service: App, log_at: LogAt) -> None:
+def test_request_is_one_log_line_with_documented_fields(service: App, log_at: LogAt) -> None:
     lines = log_at("INFO")
-    # The ALB appends the address that it saw to what the client has sent.
+    # The ALB appends the client's address to the header that the client sent.
     forwarded = {"X-Forwarded-For": "spoofed, 2001:db8::1 ", "X-Amzn-Trace-Id": TRACE}
     service.post(headers={"X-Request-Id": "r-1", **forwarded})
     service.post(request_body(token="wrong"), headers={"X-Request-Id": "r-2"})
@@ -1488,13 +1490,13 @@ def test_request_gives_one_line_with_documented_fields(service: App, log_at: Log
 
 def test_every_log_line_has_the_id_and_trace_of_its_request(service: App, log_at: LogAt) -> None:
     def view() -> None:
-        logging.getLogger("botocore").error("another library's, inside of the request")
+        logging.getLogger("botocore").error("of a library, during the request")
         raise app.ApiError("internal_error")
 
     service.app.add_url_rule("/view", view_func=view)
     lines = log_at("INFO")
     service.get("/view", headers={"X-Request-Id": "r-1", "X-Amzn-Trace-Id": TRACE})
-    logging.getLogger("botocore").error("another library's, outside of it")
+    logging.getLogger("botocore").error("of a library, afterwards")
     *inside, outside = lines()
     assert [line["logger"] for line in inside] == ["botocore", "email_processor"]
     assert {(line["request_id"], line["trace_id"]) for line in inside} == {("r-1", TRACE_ID)}
@@ -1514,7 +1516,7 @@ LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
 @pytest.mark.parametrize("level", ["DEBUG", "WARNING"])
-def test_log_level_chooses_what_is_logged(log_at: LogAt, level: str) -> None:
+def test_log_level_selects_the_lines(log_at: LogAt, level: str) -> None:
     service = App(sqs=FakeSqs(DENIED), token_ssm_parameter=(PARAMETER, "/missing"))
     lines, quiet = log_at(level), ["/health", "/ready", "/metrics"]
     for path in (*quiet, "/nowhere"):
@@ -1538,7 +1540,7 @@ def test_log_level_does_not_apply_to_libraries(log_at: LogAt) -> None:
 
 SECRET_DATA = {name: f"SECRET-{name}" for name in DATA} | {"email_timestream": "1693561101"}
 SECRET = request_body(SECRET_DATA, "SECRET-token")
-QUOTING = ValueError("no JSON: SECRET-token SECRET-email_content")  # as some parsers do
+QUOTING = ValueError("no JSON: SECRET-token SECRET-email_content")  # as parsers do
 SECRETS: list[tuple[str, bytes, dict[str, Any]]] = [
     ("success", SECRET, {}),
     ("invalid_json", SECRET[:-1], {}),
@@ -1594,7 +1596,7 @@ LONG_RECORDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LONG_RECORDS)
-def test_long_log_line_is_cut_visibly_to_what_a_pipe_takes_at_once(
+def test_long_log_line_is_shortened_to_an_atomic_write(
     log_at: LogAt, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     log_at("INFO")
@@ -1611,7 +1613,7 @@ def test_long_log_line_is_cut_visibly_to_what_a_pipe_takes_at_once(
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[app.LogHandler, Any]]:
-    """A log whose standard output is a pipe with room for a few lines; and the pipe's other end."""
+    """A log handler whose standard output is a pipe, and the reading end of the pipe."""
     reader, writer = os.pipe()
     with open(reader, "rb", 0) as reading, open(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
@@ -1629,7 +1631,7 @@ LONG = "x" * 3999
 
 
 def fill(handler: app.LogHandler) -> int:
-    """Log until a line is dropped; how many were not."""
+    """Log until a line is dropped. Returns the number of lines before it."""
     before = app.LOG_LINES_DROPPED.collect()
     for number in range(1000):
         handler.handle(record(LONG))
@@ -1649,16 +1651,15 @@ def test_log_drops_and_counts_lines_that_standard_output_does_not_take(
     written, output = fill(handler), b""
     handler.handle(record(LONG))
     assert written < 20, "the pipe has room for 16 lines, the queue for 3"
-    while output.count(b"\n") < written:
+    while output.count(f"{LONG}\n".encode()) < written:
         output += reading.read(65_536)
-    assert output.count(f"{LONG}\n".encode()) == written
     handler.handle(record("next"))
     while b"next\n" not in output or b"log lines dropped\n" not in output:
         output += reading.read(65_536)
 
 
 @pytest.mark.parametrize("closed", ["by its reader", "before the start"])
-def test_log_that_is_closed_is_dropped_in_silence(
+def test_closed_standard_output_drops_log_lines_silently(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pipe: Pipe, closed: str
 ) -> None:
     handler, reading = pipe
@@ -1671,7 +1672,7 @@ def test_log_that_is_closed_is_dropped_in_silence(
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_local_server_listens_on_the_families_that_there_are(
+def test_local_server_listens_on_ipv4_and_ipv6_where_available(
     monkeypatch: pytest.MonkeyPatch, both: bool
 ) -> None:
     if both and not socket.has_dualstack_ipv6():
@@ -1710,7 +1711,7 @@ def test_embedded_aws_without_moto_is_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("free_port")
-def test_gunicorn_serves_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_server_is_gunicorn_on_posix(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Mock(side_effect=SystemExit)
     monkeypatch.setattr(os, "execv", run)
     monkeypatch.setattr(os, "chdir", Mock())
@@ -1720,7 +1721,7 @@ def test_gunicorn_serves_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert run.call_args.args[1][1:] == ["-m", "gunicorn"]
 
 
-def test_flask_serves_where_gunicorn_cannot_run(
+def test_local_server_is_flasks_where_gunicorn_cannot_run(
     monkeypatch: pytest.MonkeyPatch, log_at: LogAt, free_port: int
 ) -> None:
     log_at("INFO")  # puts the process's logging back afterwards

@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 BENCH = Path(__file__).resolve().parent
 
-# List prices of us-east-1, without the free tier. Fargate stands in for what an EKS node costs.
+# List prices of us-east-1, without the free tier. Fargate stands in for the cost of an EKS node.
 PRICES_OF = "2026"
 SQS_DOLLARS_PER_MILLION = 0.40
 VCPU_DOLLARS_PER_HOUR = 0.04048
@@ -257,8 +257,8 @@ def results(raw: dict[str, Any]) -> str:
         f"email-processor reads the token every {REFRESH_SHARE * TOKEN_CACHE_SECONDS:.0f} s on "
         f"average (TOKEN_CACHE_SECONDS={TOKEN_CACHE_SECONDS}), `direct` for each message; SSM "
         f"allows {SSM_READS_PER_SECOND} reads/s. SQS sets no practical limit on the calls of a "
-        "standard queue. While SSM refuses a read, email-processor goes on with the last known "
-        "token, so its messages/s stay as they are.",
+        "standard queue. While SSM refuses a read, email-processor uses the last known "
+        "token, so its messages/s do not change.",
         markdown(fleet_table(raw["compare"])),
         f"## Machine\n\n{machine}\n\nRuns:\n\n{runs}",
     ]

@@ -1,4 +1,4 @@
-"""Measure email-processor beside what its users would pick instead, under the same load.
+"""Measure email-processor and its alternatives under the same load.
 
 It needs Linux, wrk, and the project's own environment (./setup-local.sh makes it). Fastify also
 needs Node 20 or newer; the pods need a Docker engine. It installs the other contenders into
@@ -63,7 +63,7 @@ MESSAGE = {
 
 
 class BenchError(Exception):
-    """The run cannot go on; the message says what to do."""
+    """The run cannot continue; the message says how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def session(leader: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def cpu_seconds(leader: int) -> float:
-    """User and system time of the whole tree, with the children that it has reaped."""
+    """User and system time of the process tree, with the children that it has reaped."""
     ticks = sum(int(part) for _, stat in session(leader) for part in stat[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -201,7 +201,7 @@ def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
 
 
 def serves(url: str, process: subprocess.Popen[bytes]) -> bool:
-    """Whether it answers /health and takes a message within 30 s."""
+    """Whether it responds to /health and accepts a message within 30 s."""
     headers = {"Content-Type": "application/json"}
     post = urllib.request.Request(f"{url}/process", json.dumps(MESSAGE).encode(), headers)
     for _ in range(300):
@@ -285,11 +285,11 @@ def settled(aws: FakeAws) -> dict[str, Any]:
         before, counts = counts, aws.counts()
         if counts == before:
             return counts
-    raise BenchError("calls to AWS go on after the load has ended")
+    raise BenchError("calls of AWS continue after the load has ended")
 
 
 def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dict[str, float]:
-    """One measurement. Raises BenchError when an answer was no success, or a message is missing."""
+    """One measurement. Raises BenchError when a request failed, or a message is missing."""
     url = f"{running.url}/process"
     before, cpu = settled(aws), cpu_seconds(running.pid)
     with probing(running.url) as health:
@@ -299,7 +299,7 @@ def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dic
     succeeded = load["requests"]
     messages = after["accepted"] - before["accepted"] if running.publishes else succeeded
     if load["refused"] or load["broken"]:
-        raise BenchError(f"{load['refused']} requests refused, {load['broken']} broken off")
+        raise BenchError(f"{load['refused']} requests rejected, {load['broken']} not completed")
     if not 0 <= messages - succeeded <= clients:
         raise BenchError(f"{succeeded} successes, but {messages} messages in the queue")
 
@@ -326,7 +326,7 @@ def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dic
 
 
 def ceiling(aws: FakeAws, clients: int, seconds: float) -> float:
-    """SendMessage calls a second that the fake answers with no latency, to wrk itself."""
+    """SendMessage calls a second of the fake without latency, under wrk."""
     aws.set(latency_ms=0)
     entry = {"QueueUrl": aws.queue_url, "MessageBody": json.dumps(MESSAGE["data"])}
     values = {"ContentType": "application/json", "ProcessedAt": "x" * 32, "RequestId": "x" * 32}
@@ -500,7 +500,7 @@ def main() -> None:
     options = parse_arguments()
     if not shutil.which("wrk"):
         sys.exit("wrk is needed for the load: install it (apt install wrk, brew install wrk).")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # what runs is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: stopped"))  # ends the contender too
     shown = [part for part in sys.argv[1:] if part not in ("--json", str(options.json))]
     command = " ".join(["python", "bench/run.py", *shown])
     tables = options.tables or list(TABLES)

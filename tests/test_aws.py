@@ -73,15 +73,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Endpoint
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.requests.append(Request(self.client_address, self.path, self.headers, body))
-        status, answer = self.server.status, b'{"MessageId":"m"}'
+        received = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(Request(self.client_address, self.path, self.headers, received))
+        status, body = self.server.status, b'{"MessageId":"m"}'
         if f"Credential={self.server.rejected[0]}/" in self.headers["Authorization"]:
-            status, answer = 403, b'{"__type": "%b"}' % self.server.rejected[1].encode()
+            status, body = 403, b'{"__type": "%b"}' % self.server.rejected[1].encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(body)
 
     def do_CONNECT(self) -> None:
         """As a proxy, and as the endpoint behind it."""
@@ -495,10 +495,11 @@ def test_malformed_response_has_its_cause(fake: FakeAws, kind: str, name: str) -
 
 
 @pytest.mark.parametrize("kind", ["hang", "trickle"])
-def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
-    fake_aws.set(faults={"*": {"kind": kind}})
-    sqs = client().within(0.3)
+def test_call_ends_at_its_deadline(fake: FakeAws, kind: str) -> None:
+    fake.set(faults={"*": {"kind": kind}})
+    sqs, begin = client().within(0.3), time.monotonic()
     error = failure(lambda: send(sqs))
+    assert time.monotonic() - begin < LONG
     assert kind_of(error) == "ReadTimeoutError"
     assert isinstance(error, app.TIMEOUTS)
     fake_aws.set(faults={})

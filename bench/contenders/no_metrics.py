@@ -1,4 +1,4 @@
-"""email-processor with metrics that count nothing, to measure what counting costs."""
+"""email-processor with metrics that count nothing, to measure the cost of counting."""
 
 from prometheus_client import Counter, Gauge, Histogram
 

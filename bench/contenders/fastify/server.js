@@ -21,7 +21,7 @@ class Refused extends Error {
   }
 }
 
-let token // the promise of its value: those who come while it is read wait for the same answer
+let token // the promise of its value: requests share the read in progress
 let until = 0
 function knownToken () {
   if (Date.now() >= until) {
