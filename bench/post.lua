@@ -6,9 +6,9 @@ wrk.headers["X-Amz-Target"] = os.getenv("TARGET")
 
 function done(summary, latency, requests)
   local errors = summary.errors
-  local broken = errors.connect + errors.read + errors.write + errors.timeout
+  local failed = errors.connect + errors.read + errors.write + errors.timeout
   io.write(string.format(
-    '\n{"requests": %d, "seconds": %.6f, "refused": %d, "broken": %d, "p50_ms": %.3f, "p99_ms": %.3f}\n',
-    summary.requests, summary.duration / 1e6, errors.status, broken,
+    '\n{"requests": %d, "seconds": %.6f, "rejected": %d, "failed": %d, "p50_ms": %.3f, "p99_ms": %.3f}\n',
+    summary.requests, summary.duration / 1e6, errors.status, failed,
     latency:percentile(50) / 1000, latency:percentile(99) / 1000))
 end

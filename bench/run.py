@@ -298,8 +298,8 @@ def measure(running: Running, aws: FakeAws, clients: int, seconds: float) -> dic
     after, cpu = settled(aws), cpu_seconds(running.pid) - cpu
     succeeded = load["requests"]
     messages = after["accepted"] - before["accepted"] if running.publishes else succeeded
-    if load["refused"] or load["broken"]:
-        raise BenchError(f"{load['refused']} requests rejected, {load['broken']} not completed")
+    if load["rejected"] or load["failed"]:
+        raise BenchError(f"{load['rejected']} requests rejected, {load['failed']} not completed")
     if not 0 <= messages - succeeded <= clients:
         raise BenchError(f"{succeeded} successes, but {messages} messages in the queue")
 

@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from flask import Flask, request
-from rules import Refused, check_data, check_token, message, success, token_of
+from rules import ApiError, check_data, check_token, message, success, token_of
 
 
 def create_app() -> Flask:
@@ -33,13 +33,13 @@ def create_app() -> Flask:
     def health() -> dict[str, Any]:
         return {"status": "healthy"}
 
-    @app.errorhandler(Refused)
-    def refused(error: Refused) -> tuple[dict[str, Any], int]:
+    @app.errorhandler(ApiError)
+    def api_error(error: ApiError) -> tuple[dict[str, Any], int]:
         return error.body, error.status
 
     @app.errorhandler(BotoCoreError)
     @app.errorhandler(ClientError)
     def unavailable(_: Exception) -> tuple[dict[str, Any], int]:
-        return Refused(503, "queue_unavailable", "Try again.").body, 503
+        return ApiError(503, "queue_unavailable", "Try again.").body, 503
 
     return app

@@ -15,7 +15,7 @@ from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from rules import Refused, check_data, check_token, message, success, token_of
+from rules import ApiError, check_data, check_token, message, success, token_of
 
 CACHE_SECONDS = 60
 QUEUE_URL, PARAMETER = os.environ["SQS_QUEUE_URL"], os.environ["TOKEN_SSM_PARAMETER"]
@@ -29,8 +29,8 @@ class Token:
         if time.monotonic() >= self._until:
             async with self._lock:
                 if time.monotonic() >= self._until:
-                    answer = await self._ssm.get_parameter(Name=PARAMETER, WithDecryption=True)
-                    self._value = answer["Parameter"]["Value"]
+                    response = await self._ssm.get_parameter(Name=PARAMETER, WithDecryption=True)
+                    self._value = response["Parameter"]["Value"]
                     self._until = time.monotonic() + CACHE_SECONDS
         return self._value
 
@@ -55,7 +55,7 @@ async def process(request: Request) -> JSONResponse:
     try:
         body = await request.json()
     except ValueError:
-        raise Refused(400, "invalid_json", "The request is not JSON.") from None
+        raise ApiError(400, "invalid_json", "The request is not JSON.") from None
     given = token_of(body)
     check_token(given, await app.state.token.value())
     check_data(body.get("data"))
@@ -70,15 +70,15 @@ async def health() -> dict[str, str]:
     return {"status": "healthy"}
 
 
-@app.exception_handler(Refused)
-async def refused(_: Request, error: Refused) -> JSONResponse:
+@app.exception_handler(ApiError)
+async def api_error(_: Request, error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status)
 
 
 @app.exception_handler(BotoCoreError)
 @app.exception_handler(ClientError)
 async def unavailable(_: Request, __: Exception) -> JSONResponse:
-    return JSONResponse(Refused(503, "queue_unavailable", "Try again.").body, 503)
+    return JSONResponse(ApiError(503, "queue_unavailable", "Try again.").body, 503)
 
 
 if __name__ == "__main__":

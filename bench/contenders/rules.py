@@ -11,7 +11,7 @@ from typing import Any
 FIELDS = ("email_subject", "email_sender", "email_timestream", "email_content")
 
 
-class Refused(Exception):  # noqa: N818 - an answer
+class ApiError(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status = status
@@ -20,33 +20,33 @@ class Refused(Exception):  # noqa: N818 - an answer
 
 def token_of(body: Any) -> str:
     if not isinstance(body, dict):
-        raise Refused(400, "invalid_json", "The request is not a JSON object.")
+        raise ApiError(400, "invalid_json", "The request is not a JSON object.")
     token = body.get("token")
     if not token:
-        raise Refused(401, "token_required", 'The request needs a "token".')
+        raise ApiError(401, "token_required", 'The request needs a "token".')
     return str(token)
 
 
 def check_token(given: str, known: str) -> None:
     if not hmac.compare_digest(given.encode("utf-8", "replace"), known.encode()):
-        raise Refused(401, "invalid_token", "Invalid token.")
+        raise ApiError(401, "invalid_token", "Invalid token.")
 
 
 def check_data(data: Any) -> None:
     if not isinstance(data, dict):
-        raise Refused(400, "invalid_data", '"data" is missing or not an object.')
+        raise ApiError(400, "invalid_data", '"data" is missing or not an object.')
     for name in FIELDS:
         value = data.get(name)
         if name == "email_timestream" and type(value) is int:
             continue
         if not isinstance(value, str) or not value.strip():
-            raise Refused(400, "invalid_data", f"{name} is missing, empty or not a string.")
+            raise ApiError(400, "invalid_data", f"{name} is missing, empty or not a string.")
     timestamp = data["email_timestream"]
     if isinstance(timestamp, str):
         digits = timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= 20
         timestamp = int(timestamp) if digits else -1
     if not 946684800 <= timestamp <= 4102444800:
-        raise Refused(400, "invalid_timestamp", "email_timestream is not a valid timestamp.")
+        raise ApiError(400, "invalid_timestamp", "email_timestream is not a valid timestamp.")
 
 
 def message(data: dict[str, Any], request_id: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ const agent = { keepAlive: true, maxSockets: 128 }
 const sqs = new SQSClient({ region, requestHandler: { httpAgent: agent, httpsAgent: agent } })
 const ssm = new SSMClient({ region })
 
-class Refused extends Error {
+class ApiError extends Error {
   constructor (status, code, message) {
     super(message)
     this.status = status
@@ -27,7 +27,7 @@ function knownToken () {
   if (Date.now() >= until) {
     until = Date.now() + CACHE_MS
     token = ssm.send(new GetParameterCommand({ Name, WithDecryption: true }))
-      .then(answer => Buffer.from(answer.Parameter.Value))
+      .then(response => Buffer.from(response.Parameter.Value))
     token.catch(() => { until = 0 })
   }
   return token
@@ -36,7 +36,7 @@ function knownToken () {
 function checkToken (given, known) {
   const bytes = Buffer.from(given)
   if (bytes.length !== known.length || !timingSafeEqual(bytes, known)) {
-    throw new Refused(401, 'invalid_token', 'Invalid token.')
+    throw new ApiError(401, 'invalid_token', 'Invalid token.')
   }
 }
 
@@ -45,18 +45,18 @@ function isObject (value) {
 }
 
 function checkData (data) {
-  if (!isObject(data)) throw new Refused(400, 'invalid_data', '"data" is missing or not an object.')
+  if (!isObject(data)) throw new ApiError(400, 'invalid_data', '"data" is missing or not an object.')
   for (const name of FIELDS) {
     const value = data[name]
     if (name === 'email_timestream' && Number.isInteger(value)) continue
     if (typeof value !== 'string' || value.trim() === '') {
-      throw new Refused(400, 'invalid_data', `${name} is missing, empty or not a string.`)
+      throw new ApiError(400, 'invalid_data', `${name} is missing, empty or not a string.`)
     }
   }
   const timestamp = data.email_timestream
   const seconds = /^[0-9]+$/.test(timestamp) ? Number(timestamp) : -1
   if (!(seconds >= 946684800 && seconds <= 4102444800)) {
-    throw new Refused(400, 'invalid_timestamp', 'email_timestream is not a valid timestamp.')
+    throw new ApiError(400, 'invalid_timestamp', 'email_timestream is not a valid timestamp.')
   }
 }
 
@@ -73,19 +73,19 @@ app.addHook('onResponse', async (request, reply) => {
 })
 
 app.setErrorHandler((error, request, reply) => {
-  const refused = error instanceof Refused
-  const status = refused ? error.status : error.statusCode < 500 ? error.statusCode : 503
-  const code = refused ? error.code : status < 500 ? 'invalid_json' : 'queue_unavailable'
-  reply.code(status).send({ status: 'error', error: code, message: refused ? error.message : '' })
+  const isApiError = error instanceof ApiError
+  const status = isApiError ? error.status : error.statusCode < 500 ? error.statusCode : 503
+  const code = isApiError ? error.code : status < 500 ? 'invalid_json' : 'queue_unavailable'
+  reply.code(status).send({ status: 'error', error: code, message: isApiError ? error.message : '' })
 })
 
 const text = { type: 'string' }
-const answer = { type: 'object', properties: { status: text, message: text, message_id: text } }
+const successBody = { type: 'object', properties: { status: text, message: text, message_id: text } }
 
-app.post('/process', { schema: { response: { 200: answer } } }, async request => {
+app.post('/process', { schema: { response: { 200: successBody } } }, async request => {
   const { body } = request
-  if (!isObject(body)) throw new Refused(400, 'invalid_json', 'The request is not a JSON object.')
-  if (!body.token) throw new Refused(401, 'token_required', 'The request needs a "token".')
+  if (!isObject(body)) throw new ApiError(400, 'invalid_json', 'The request is not a JSON object.')
+  if (!body.token) throw new ApiError(401, 'token_required', 'The request needs a "token".')
   checkToken(String(body.token), await knownToken())
   checkData(body.data)
   const sent = await sqs.send(new SendMessageCommand({
