@@ -532,10 +532,7 @@ def test_wrong_method_is_405_with_allow(service: App, method: str, path: str, al
 # --- The body -------------------------------------------------------------------------------------
 
 
-each_framing = pytest.mark.parametrize("declared", [True, False], ids=["length", "chunked"])
-
-
-@each_framing
+@pytest.mark.parametrize("declared", [True, False], ids=["length", "chunked"])
 def test_body_one_byte_over_the_limit_is_413(declared: bool) -> None:
     service = App(max_request_bytes=len(BODY))
     for body, status in ((BODY, 200), (BODY + b" ", 413)):
