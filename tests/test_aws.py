@@ -28,13 +28,12 @@ import pytest
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from botocore.exceptions import BotoCoreError, ClientError, ProxyConnectionError, SSLError
+from botocore.exceptions import BotoCoreError, ClientError, SSLError
 from client import BODY, DATA
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fake_aws import PARAMETER, REGION, FakeAws
-from name_server import NameServer
 from service import PROJECT, clean_environment, eventually
 from test_runbook import row_of
 
@@ -432,7 +431,7 @@ def test_errors_are_those_of_boto3(
     fake_aws: FakeAws, service: str, method: str, given: dict[str, Any], error: dict[str, Any]
 ) -> None:
     fake_aws.set(faults={"*": {"kind": "error", **error}})
-    boto = theirs(service)
+    boto = boto3_client(service)
     seen = []
     for each in (client(service), boto):
         found = failure(partial(getattr(each, method), **given))
@@ -484,8 +483,8 @@ def test_throttling_in_any_spelling_is_temporary(code: str, status: int, tempora
         ("garbage", "JSONDecodeError"),
     ],
 )
-def test_malformed_response_has_its_cause(fake: FakeAws, kind: str, name: str) -> None:
-    fake.set(faults={"*": {"kind": kind}})
+def test_malformed_response_has_its_cause(fake_aws: FakeAws, kind: str, name: str) -> None:
+    fake_aws.set(faults={"*": {"kind": kind}})
     error = failure(lambda: send(client()))
     assert kind_of(error) == name
     assert app.is_temporary(error)
@@ -495,8 +494,8 @@ def test_malformed_response_has_its_cause(fake: FakeAws, kind: str, name: str) -
 
 
 @pytest.mark.parametrize("kind", ["hang", "trickle"])
-def test_call_ends_at_its_deadline(fake: FakeAws, kind: str) -> None:
-    fake.set(faults={"*": {"kind": kind}})
+def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
+    fake_aws.set(faults={"*": {"kind": kind}})
     sqs, begin = client().within(0.3), time.monotonic()
     error = failure(lambda: send(sqs))
     assert time.monotonic() - begin < LONG
@@ -524,7 +523,7 @@ pycurl_curl = app.pycurl.Curl
 
 
 def test_complete_response_counts_though_libcurl_reports_a_timeout(
-    fake: FakeAws, monkeypatch: pytest.MonkeyPatch
+    fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.pycurl, "Curl", LateCurl)
     assert send(client())["MessageId"] == fake_aws.messages()[0]["message_id"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 
-import pytest
 from fake_aws import Behavior, FakeAws, Services
 from service import PROJECT
 
@@ -32,12 +31,12 @@ def test_targets_name_contenders() -> None:
     assert {name for pair in pairs for name in pair} <= {each.name for each in CONTENDERS}
 
 
-def test_fake_has_the_attributes_that_the_benchmark_uses(fake_process: FakeAws) -> None:
+def test_fake_has_the_attributes_that_the_benchmark_uses(fake_aws_process: FakeAws) -> None:
     used = set(re.findall(r"\baws\.(\w+)", SOURCE))
-    assert {name for name in used if not hasattr(fake_process, name)} == set()
-    assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Settings()).keys()
+    assert {name for name in used if not hasattr(fake_aws_process, name)} == set()
+    assert set(re.findall(r"\baws\.set\((\w+)=", SOURCE)) <= vars(Behavior()).keys()
     counts = set(re.findall(r'\b(?:before|after)\["(\w+)"\]', SOURCE))
-    assert counts <= fake_process.counts().keys()
+    assert counts <= fake_aws_process.counts().keys()
     pairs = re.findall(r'calls\("(\w+)", "(\w+)"\)', SOURCE)
     operations = {name for pair in pairs for name in pair}
     assert operations

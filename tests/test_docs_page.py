@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from client import DATA
-from fake_aws import TOKEN, FakeAws
+from fake_aws import FakeAws
 from service import WAIT, StartService, eventually, free_port, is_listening
 
 pytestmark = [
@@ -89,12 +89,12 @@ def url(start_service: StartService, fake_aws_process: FakeAws) -> Iterator[str]
         yield f"http://127.0.0.1:{service.port}"
 
 
-def test_page_sends_the_request_in_its_form(browser: Browser, url: str, fake: FakeAws) -> None:
+def test_page_sends_the_request_in_its_form(browser: Browser, url: str, fake_aws: FakeAws) -> None:
     browser.open(f"{url}/docs#/Messages/process")  # the link opens the operation
     browser.click(f"{POST} .try-out__btn")
     browser.click(f"{POST} .execute")
     shown = browser.text(f"{POST} .live-responses-table .response")
-    (message,) = fake.messages()
+    (message,) = fake_aws.messages()
     assert shown.startswith("200")
     assert message["message_id"] in shown
     assert json.loads(message["body"]) == DATA

@@ -112,7 +112,7 @@ def test_client_queues_its_message(
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_client_shows_the_errors_of_its_fields(
-    language: str, service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
     before = requests_with(running, "invalid_data")
@@ -126,11 +126,11 @@ def test_client_shows_the_errors_of_its_fields(
 
 @pytest.mark.slow
 def test_clients_outlast_an_unavailable_queue(
-    service: tuple[Service, dict[str, str]], fake: FakeAws, tmp_path: Path
+    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
 ) -> None:
     running, variables = service
     rejected = requests_with(running, "queue_unavailable") + len(INSTALLED)
-    fake.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
+    fake_aws.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
     clients = [start(name, CLIENTS[name], tmp_path / name, **variables) for name in INSTALLED]
     try:
         eventually(lambda: requests_with(running, "queue_unavailable") >= rejected)

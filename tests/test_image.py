@@ -63,7 +63,7 @@ def image() -> str:
 
 
 @contextmanager
-def running(image: str, fake: FakeAws) -> Iterator[tuple[str, int, float]]:
+def running(image: str, fake_aws: FakeAws) -> Iterator[tuple[str, int, float]]:
     """A healthy container: its name, its port, and the seconds until it was healthy."""
     port, begin = free_port(), time.monotonic()
     variables = {**fake_aws.variables(), "PORT": str(port)}

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def observed(start_service: StartService, fake_process: FakeAws) -> tuple[list[Record], str]:
+def observed(start_service: StartService, fake_aws_process: FakeAws) -> tuple[list[Record], str]:
     """After successes and failures: the log in the form of CloudWatch, and /metrics."""
     settings = {"GUNICORN_WORKERS": "1", "TOKEN_CACHE_SECONDS": "1"}
     wrong = json.dumps({"data": {**DATA, "email_subject": ""}, "token": TOKEN}).encode()

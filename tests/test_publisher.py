@@ -462,10 +462,11 @@ def test_no_attempt_starts_after_the_deadline(caplog: pytest.LogCaptureFixture) 
 
 
 def test_messages_of_a_rejected_batch_go_in_two_calls_at_once() -> None:
-    requests = play(5, OK, OK, "refused", calls=2)
-    assert [len(call.entries) for call in requests.queue.calls] == [1, 1]
-    requests.end_all()
-    assert requests.outcomes == "sssss"
+    publishing = batch_of(3)
+    publishing.end_call(failure="rejected")
+    assert [len(call.entries) for call in publishing.sqs.in_flight] == [1, 1]
+    publishing.end_calls()
+    assert publishing.outcomes == [SENT] * 4
 
 
 def test_messages_are_retried_in_their_order_before_later_ones() -> None:
