@@ -7,14 +7,14 @@ usage() {
 Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
 
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
-image tagged by the commit, applies k8s/ and waits until it runs, or else goes back to what ran before.
-Run it again at any time: only what differs is changed. A cluster, queue, certificate, token parameter
-or --parameter that is left out stays as it is.
+image tagged by the commit, applies k8s/ and waits until the new release serves. If that fails, it goes
+back to the earlier release. Run it again at any time: it changes only the differences. An omitted
+cluster, queue, certificate, token parameter or --parameter keeps its value.
 
 Instead of deploying:
-  --dry-run                check everything and say what would be done; nothing is changed
-  --render                 print the manifests as they would be applied, for kubectl apply -f -
-  --delete                 remove all that was made here, but no queue
+  --dry-run                check everything and print the changes; nothing is changed
+  --render                 print the manifests, for kubectl apply -f -
+  --delete                 remove everything that this script made, except queues
 
 Options (in parentheses the value of the first run):
   --region REGION          AWS region (AWS_REGION, else us-west-1)
@@ -26,11 +26,11 @@ Options (in parentheses the value of the first run):
   --certificate-arn ARN    serve HTTPS with this ACM certificate; none goes back to HTTP
   --token-parameter NAMES  SSM parameters that hold tokens, with commas between (/email-service/api-token)
   --parameter KEY=VALUE    AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName of the template
-  --platform PLATFORM      what the nodes run (linux/amd64)
-  --timeout SECONDS        how long to wait for the ALB, its first answer, and each removal (300)
-  --check URL              run ./test.sh URL, and undo the roll-out if it fails; alb: the ALB's host, by HTTP
+  --platform PLATFORM      platform of the nodes (linux/amd64)
+  --timeout SECONDS        how long to wait for the ALB, its first response, and each removal (300)
+  --check URL              run ./test.sh URL, and undo the rollout if it fails; alb: the ALB's host, by HTTP
 
-API_TOKEN holds the token, if the parameter has to be made. Without it, a first run makes a random one.
+API_TOKEN is the value of a new token parameter. Without it, a first run makes a random token.
 
 Exit status: 0 when the service runs, 1 for a failure, 2 for a wrong argument, 130 when interrupted.
 HELP
@@ -38,13 +38,13 @@ HELP
 
 # --- Helpers ----------------------------------------------------------------------------------------
 
-# Ends the run; finish prints the reason.
+# Ends the run with a reason, which finish prints.
 die() { failure=$1 && exit "${2:-1}"; }
 say() { printf '      %s\n' "$1"; }
-# Prints line by line at once, and repeated lines once; sed and uniq would hold lines back.
+# Prints each line at once, and repeated lines once. sed and uniq would buffer.
 indent() { local last="" && while IFS= read -r line; do [ "$line" = "$last" ] || say "$line" && last=$line; done; }
 kube() { kubectl ${context:+--context "$context"} --namespace "$name" "$@"; }
-# Prints a field of an object in the cluster, "" if there is none.
+# Prints a field of an object in the cluster, "" if the object or field is missing.
 live() { kube get "$1" --ignore-not-found --output "jsonpath={$2}"; }
 # Prints a parameter or an output of the stack. Emulators of AWS print a list in brackets.
 value_of() { awk -F '\t' -v key="$1" '$1 == key { gsub(/[]\[ \047]/, "", $2); print $2 }' <<<"$stack_values"; }
@@ -55,14 +55,14 @@ step() {
 }
 
 problem() { problems+=("$1"); }
-# The last line that a tool complained with; run it with 2>"$work/error" before.
-complaint() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
-# Sets answer to what a command prints, or notes a problem: this text, and the command's complaint.
-ask() { answer=$("${@:2}" 2>"$work/error") || { problem "$1 ($(complaint))." && return 1; }; }
-# Runs a tool that has much to say; its last lines are shown only when it fails.
+# Prints the last line of a command's standard error, which 2>"$work/error" has saved.
+last_error() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
+# Sets response to a command's output, or records a problem: this text, and the command's last error.
+ask() { response=$("${@:2}" 2>"$work/error") || { problem "$1 ($(last_error))." && return 1; }; }
+# Runs a verbose tool. Its last lines are shown only when it fails.
 quietly() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
 
-# Runs a command until it succeeds, for so many seconds after its first failure. Some errors do not pass.
+# Retries a command for this many seconds after its first failure. Some errors are final.
 wait_until() {
   local end="" final='progress deadline|changed meanwhile|NotFound|denied|forbidden|unauthorized|expired|credentials'
   until "${@:2}" 2>"$work/error"; do
@@ -92,7 +92,7 @@ read_arguments() {
         [[ ${2-} == [!-]* ]] || die "$1 needs a value; see --help." 2
         option=${1#--}
         printf -v "${option//-/_}" %s "$2"
-        # The AWS CLI passes over a parameter that the template does not have.
+        # The AWS CLI ignores a parameter that the template does not have.
         [ "$option" != parameter ] || { parameters+=("$2") && check_value --parameter "$2" \
           '(AlarmEmail|RateLimit|TokenKeyArn|DeadLetterQueueName)=.*' "one of --help"; }
         shift
@@ -102,13 +102,13 @@ read_arguments() {
     esac
     shift
   done
-  [ ${#arguments[@]} -eq 2 ] || die "ECR_REGISTRY and AWS_ACCOUNT_ID are needed, and nothing more; see --help." 2
+  [ ${#arguments[@]} -eq 2 ] || die "ECR_REGISTRY and AWS_ACCOUNT_ID are needed, and no other argument; see --help." 2
   registry=${arguments[0]} account=${arguments[1]} tokens=${token_parameter//[[:space:]]/}
 }
 
 check_value() { [[ $2 =~ ^($3)$ ]] || die "$1 '$2' is not $4; see --help." 2; }
 
-# Other wrong values are refused by AWS or the template before anything is changed.
+# AWS or the template rejects other wrong values before anything is changed.
 check_arguments() {
   local path='(/[A-Za-z0-9_.-]+)+'
   check_value ECR_REGISTRY "$registry" '[a-z0-9.-]+(:[0-9]+)?' "a registry's host name"
@@ -128,6 +128,7 @@ check_tools() {
   done
   [ "$mode" != delete ] || return 0
   ask "docker does not reach its engine: start it" docker info || true
+  ask "docker has no buildx: install it" docker buildx version || true
   [[ ! $registry =~ ^([0-9]{12})\.dkr\.ecr\.([a-z0-9-]+)\. || "${BASH_REMATCH[*]:1}" = "$account $region" ]] ||
     problem "The registry $registry is not that of account $account in $region: correct one of them."
 }
@@ -135,18 +136,18 @@ check_tools() {
 check_credentials() {
   ask "The AWS credentials do not work: run aws sso login or aws configure, or set AWS_PROFILE" \
     aws sts get-caller-identity --query Account --output text || return 1
-  [ "$answer" = "$account" ] ||
-    { problem "The AWS credentials are of account $answer, not $account: set AWS_PROFILE, or correct it." && return 1; }
+  [ "$response" = "$account" ] ||
+    { problem "The AWS credentials are of account $response, not $account: set AWS_PROFILE." && return 1; }
 }
 
-# Prints the names and values of the stack's parameters and outputs, nothing if there is no stack.
+# Prints the names and values of the stack's parameters and outputs, or nothing if there is no stack.
 show_stack() {
   aws cloudformation describe-stacks --stack-name "$stack" --output text --query 'Stacks[0].[
     Parameters[].[ParameterKey, ParameterValue], Outputs[].[OutputKey, OutputValue]][]' 2>"$work/stack" ||
     grep -q 'does not exist' "$work/stack" || { cat "$work/stack" >&2 && return 1; }
 }
 
-# Sets what runs now. A kubeconfig is made for this run alone; with --context your own is read.
+# Reads the deployed settings. The kubeconfig is temporary; --context selects one of the operator's own.
 read_cluster() {
   local alb='.metadata.annotations.alb\.ingress\.kubernetes\.io'
   if [ -z "$context" ]; then
@@ -162,23 +163,23 @@ read_cluster() {
       '.spec.template.spec.containers[0].env[?(@.name=="TOKEN_SSM_PARAMETER")].value')
 }
 
-# The controller must be there, and nothing of another deployment, which would be replaced or deleted.
+# The load balancer controller must exist. Objects of another deployment must not be replaced or deleted.
 check_cluster() {
-  local answer own_role=:iam::$account:role/$role
-  answer=$(aws eks describe-cluster --name "$cluster" --query cluster.identity.oidc.issuer \
+  local own_role=:iam::$account:role/$role
+  response=$(aws eks describe-cluster --name "$cluster" --query cluster.identity.oidc.issuer \
     --output text 2>"$work/error") || {
-    # The cluster of a stack may be deleted before the stack. Any other name is a mistake.
-    [[ $mode:$cluster = "delete:$(value_of ClusterName)" && $(complaint) == *ResourceNotFound* ]] ||
-      problem "AWS does not show the cluster $cluster in $region: correct --cluster or --region ($(complaint))."
+    # A stack's cluster may be deleted before the stack. Any other missing cluster is a mistake.
+    [[ $mode:$cluster = "delete:$(value_of ClusterName)" && $(last_error) == *ResourceNotFound* ]] ||
+      problem "AWS does not show the cluster $cluster in $region: correct --cluster or --region ($(last_error))."
     return 0
   }
-  issuer=${answer#https://}
+  issuer=${response#https://}
   read_cluster 2>"$work/error" ||
-    { problem "kubectl does not reach the cluster $cluster: check --context and access ($(complaint))." && return; }
+    { problem "kubectl does not reach the cluster $cluster: check --context and access ($(last_error))." && return; }
   [[ ${live_role:-$own_role} == *"$own_role" ]] ||
     problem "The cluster $cluster belongs to another deployment, of $live_role: correct --cluster or --environment."
   [ "$mode" != delete ] || return 0
-  # The class stands for the controller: EKS Auto Mode's own has no Deployment.
+  # The class identifies the controller: that of EKS Auto Mode has no Deployment.
   [[ $controller =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
     problem "The cluster has no IngressClass alb: install the AWS Load Balancer Controller; for Auto Mode see SETUP.md."
   [ "$paused" != true ] ||
@@ -187,7 +188,7 @@ check_cluster() {
   [[ $replicas != 0 || -z $check ]] || problem "A stopped service cannot pass --check: start it, or leave out --check."
   ask "AWS does not list the OIDC providers" aws iam list-open-id-connect-providers --output text \
     --query "OpenIDConnectProviderList[?ends_with(Arn, ':oidc-provider/$issuer')].Arn" || return 0
-  [ -n "$answer" ] || problem "The cluster's OIDC provider is not registered in IAM: \
+  [ -n "$response" ] || problem "The cluster's OIDC provider is not registered in IAM: \
 run eksctl utils associate-iam-oidc-provider --region $region --cluster $cluster --approve."
 }
 
@@ -202,25 +203,25 @@ complete_options() {
   [ "$certificate_arn" != none ] || certificate_arn=""
 }
 
-# Sets token_found to one of the parameters that exist.
+# Sets token_found to the first existing token parameter.
 check_token() {
   local names
   read -ra names <<<"${tokens//,/ }"
   ask "AWS does not show the token parameters" aws ssm get-parameters --names "${names[@]}" \
     --query '[Parameters[0].Name, InvalidParameters]' --output text || return 0
-  token_found=${answer%%[[:space:]]*}
+  token_found=${response%%[[:space:]]*}
   [ "$token_found" != None ] || token_found=""
-  [[ $answer != *$'\n'* ]] || say "note: there is no token parameter ${answer#*$'\n'}"
-  # A random token in place of a mistyped name would cut off every client of a service that runs.
-  # "given", and not the token itself, which the shell's trace would show.
+  [[ $response != *$'\n'* ]] || say "note: there is no token parameter ${response#*$'\n'}"
+  # After a mistyped name, a new random token would lock out every client of the running service.
+  # "given" stands for the token, which the shell's trace would show.
   [[ -n $token_found${API_TOKEN:+given} || -z $(value_of RoleArn) ]] ||
     problem "There is no token parameter ${tokens%%,*}: correct --token-parameter, or give its value in API_TOKEN."
 }
 
-# Sets create_queue for a queue that the stack has made, and dead_letters to the name of its dead-letter queue.
+# Sets create_queue if the stack has made the queue, and dead_letters to its dead-letter queue.
 check_queue() {
   # Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
-  local redrive look=(aws sqs get-queue-attributes ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"}
+  local redrive inspect=(aws sqs get-queue-attributes ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"}
     --queue-url "$queue_url" --attribute-names RedrivePolicy --query Attributes.RedrivePolicy --output text)
   if [ "$queue" = "$(value_of QueueName)" ]; then
     dead_letters=$(value_of DeadLetterQueueName)
@@ -228,27 +229,27 @@ check_queue() {
   fi
   if [ "$create_queue" = true ]; then
     [[ $queue != *.fifo ]] || problem "--create-queue makes standard queues only, not $queue."
-    ! "${look[@]}" >/dev/null 2>&1 || problem "The queue $queue exists already: leave out --create-queue."
+    ! "${inspect[@]}" >/dev/null 2>&1 || problem "The queue $queue exists already: leave out --create-queue."
     return 0
   fi
-  ask "AWS does not show the queue $queue: add --create-queue, or correct --queue-name" "${look[@]}" || return 0
-  redrive=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$answer") dead_letters=${redrive:-$dead_letters}
+  ask "AWS does not show the queue $queue: add --create-queue, or correct --queue-name" "${inspect[@]}" || return 0
+  redrive=$(sed -nE 's/.*"arn:[^"]*:([^":]+)".*/\1/p' <<<"$response") dead_letters=${redrive:-$dead_letters}
   [ -n "$dead_letters" ] || say "note: the queue has no dead-letter queue, so DeadLetterQueueNotEmpty watches nothing"
 }
 
 check_certificate() {
   [ -n "$certificate_arn" ] || return 0
-  [ "$check" != alb ] || problem "--check alb is for HTTP alone: give --check https:// and the certificate's domain."
+  [ "$check" != alb ] || problem "--check alb only works with HTTP: give --check https:// and the certificate's domain."
   ask "AWS does not show the certificate $certificate_arn: correct --certificate-arn" aws acm describe-certificate \
     --certificate-arn "$certificate_arn" --query Certificate.Status --output text || return 0
-  [ "$answer" = ISSUED ] || problem "The certificate is not ISSUED but $answer: wait until it is validated."
+  [ "$response" = ISSUED ] || problem "The certificate is not ISSUED but $response: wait until it is validated."
 }
 
 preflight() {
   step "check tools, credentials and cluster"
   check_tools
   if check_credentials && ask "AWS does not show the stack $stack" show_stack; then
-    stack_values=$answer
+    stack_values=$response
     cluster=${cluster:-$(value_of ClusterName)} cluster=${cluster:-dev-CP-EKS-CLUSTER}
     check_cluster
     complete_options
@@ -265,8 +266,8 @@ preflight() {
   [ "$mode" = delete ] || find_tag
 }
 
-# Sets tag: the commit, for a changed checkout its changes, and a platform that is not the usual one. ECR
-# takes each tag only once.
+# Sets tag to the commit, a hash of uncommitted changes, and a platform other than linux/amd64. The
+# repository's tags are immutable.
 find_tag() {
   tag=$(git rev-parse --short=12 HEAD)
   git diff --quiet HEAD || tag+=-dirty-$(git diff --no-ext-diff HEAD | git hash-object --stdin | cut -c 1-12)
@@ -275,11 +276,11 @@ find_tag() {
 
 # --- Stack, token and image -------------------------------------------------------------------------
 
-# The items of two lists, separated by commas, each once.
+# Prints the union of two comma-separated lists.
 join() { tr , '\n' <<<"$1,$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 
-# Sets parameters to what the stack gets, and queue_arn and token_arns to what new pods need. Old pods run
-# beside them, so the role keeps what it may use until the last step.
+# Sets parameters of the stack, and queue_arn and token_arns of the new pods. Old pods run beside these
+# until the last step, so the role keeps their permissions until then.
 stack_parameters() {
   local arn=arn:$partition:ssm:$region:$account:parameter
   old_queues=$(value_of QueueArns) old_tokens=$(value_of TokenParameterArns)
@@ -291,7 +292,7 @@ stack_parameters() {
     ${parameters[@]+"${parameters[@]}"})
 }
 
-# Parameters that are not named keep their value.
+# Omitted parameters keep their value.
 deploy_stack() {
   quietly aws cloudformation deploy --stack-name "$stack" --template-file infra/email-processor.yaml \
     --no-fail-on-empty-changeset --tags "service=$name" --capabilities CAPABILITY_NAMED_IAM \
@@ -299,13 +300,13 @@ deploy_stack() {
     aws cloudformation describe-stack-events --stack-name "$stack" --output text --query "StackEvents[:40] |
       [?ends_with(ResourceStatus, 'FAILED')].[LogicalResourceId, ResourceStatusReason]" >&2 2>/dev/null || true
     ! grep -qw ROLLBACK_COMPLETE "$work/log" ||
-      echo "Such a stack has to go first: run ./deploy.sh --delete with the same arguments." >&2
+      echo "Such a stack must be deleted first: run ./deploy.sh --delete with the same arguments." >&2
     return 1
   }
 }
 
-# Prints the value of a new parameter. It stays in this subshell and in a pipe: arguments, exported
-# variables and the shell's trace can be seen by others.
+# Prints the value of a new token parameter. It stays in this subshell and in a pipe: other users can see
+# arguments and exported variables, and logs hold the shell's trace.
 token() (
   { set +x; } 2>/dev/null
   token=${API_TOKEN:-}
@@ -323,16 +324,15 @@ make_token() {
   say "made it; for clients: aws ssm get-parameter --with-decryption --region $region --name $token_found"
 }
 
-# The login of a registry that is not AWS's is yours.
+# For a registry other than ECR, the operator has to log in.
 log_in() {
   [[ $registry != *.dkr.ecr.* ]] ||
     aws ecr get-login-password | quietly docker login --username AWS --password-stdin "$registry"
 }
 
-# Sets image to the digest that the registry has for the tag.
+# Sets image to the digest of the tag in the registry. buildx reads it without a pull, from any registry.
 find_image() {
-  image=$(docker pull --platform "$platform" "$repository:$tag" 2>/dev/null | sed -n "s|^Digest: |$repository@|p") &&
-    [ -n "$image" ]
+  image=$repository@$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$repository:$tag" 2>/dev/null)
 }
 
 push_image() {
@@ -355,9 +355,9 @@ push_image() {
   fi
 }
 
-# --- Manifests and roll-out -------------------------------------------------------------------------
+# --- Manifests and rollout --------------------------------------------------------------------------
 
-# Sets manifests to k8s/ with all that differs between accounts.
+# Sets manifests to k8s/ with the values of this account.
 build_manifests() {
   local alb=alb.ingress.kubernetes.io annotations="" web_acl
   web_acl=$(value_of WebAclArn)
@@ -365,7 +365,7 @@ build_manifests() {
         $alb/listen-ports: '[{\"HTTP\": 80}, {\"HTTPS\": 443}]',
         $alb/ssl-policy: ELBSecurityPolicy-TLS13-1-2-Res-2021-06,"
   [ -z "$web_acl" ] || annotations+=" $alb/wafv2-acl-arn: '$web_acl'"
-  # checksum: pods read the ConfigMap only when they start, so a change of it has to be a change of theirs.
+  # checksum: pods read the ConfigMap only when they start, so a change of it must replace the pods.
   cp -R k8s "$work/k8s"
   cat >"$work/kustomization.yaml" <<END
 sortOptions: {order: fifo}
@@ -388,16 +388,16 @@ END
   manifests=$(kubectl kustomize "$work")
 }
 
-# The template of the Deployment's pods: image, token parameters and the configuration's checksum.
+# Prints the pod template: image, token parameters and the checksum of the configuration.
 release() { live "deployment/$name" .spec.template; }
 image_of() { sed -E 's/.*"image":"([^"]*)".*/\1/' <<<"$1"; }
 
 apply_manifests() {
   old_release=$(release)
-  # A release that no run has completed is none to go back to.
+  # Only a release that a run has completed can be restored.
   served=$(live "deployment/$name" \
     '.status.conditions[?(@.type=="Progressing")].reason}{.metadata.annotations.unfinished')
-  # What apply prints does not tell: it calls a PodDisruptionBudget "configured" each time.
+  # apply reports a PodDisruptionBudget as "configured" each time, so only diff shows a change.
   if kube diff --server-side=false -f - <<<"$manifests" >/dev/null 2>&1; then
     undo=no said="nothing to change"
     [ "$served" = NewReplicaSetAvailable ] || said="this release is applied, but the last run did not complete it"
@@ -409,39 +409,40 @@ apply_manifests() {
     [ -z "$served" ] || quietly kube annotate --overwrite "deployment/$name" unfinished=yes
     quietly kube apply --server-side=false -f - <<<"$manifests"
     grep -v ' unchanged$' "$work/log" | indent || true
-    # The autoscaler would bring the second pod only after the roll-out of the first.
+    # The autoscaler would add the second pod only after the rollout of the first.
     [ -n "$served" ] || quietly kube scale "deployment/$name" --replicas "$(live "hpa/$name-hpa" .spec.minReplicas)"
   fi
   applied=$(release)
-  # kubectl would not wait for a roll-out that has missed its deadline.
+  # kubectl does not wait for a rollout that has missed its deadline.
   if [[ $served = ProgressDeadlineExceeded* && $applied = "$old_release" ]]; then
-    say "start the roll-out again"
+    say "start the rollout again"
     quietly kube rollout restart "deployment/$name"
     applied=$(release)
   fi
 }
 
-# Its limit is progressDeadlineSeconds: one for all of it would undo the healthy roll-out of many pods.
+# Its timeout is progressDeadlineSeconds, for each step: a total timeout would undo healthy rollouts of many pods.
 rollout() { kube rollout status "deployment/$name" | indent; }
 
 # The autoscaler's events would crowd out those of the pods.
 show_reasons() {
   local newest
-  grep -q 'progress deadline' "$work/error" || return # the pods have nothing to do with it
+  grep -q 'progress deadline' "$work/error" || return # the pods are not the reason
   kube get pods --output wide
   kube get events --field-selector type!=Normal,involvedObject.kind!=HorizontalPodAutoscaler \
     --sort-by .lastTimestamp | tail -n 15
   newest=$(kube get pods --sort-by .metadata.creationTimestamp --output name | tail -n 1)
   [ -n "$newest" ] || return 0
   live "$newest" '.status.conditions[?(@.status=="False")].message' && echo
-  # The log does not tell why the load balancer has not found the pod healthy.
+  # The log of a ready pod does not show why the load balancer finds it unhealthy.
   [ "$(live "$newest" '.status.containerStatuses[0].ready')" = true ] || {
     kube logs "$newest" --all-containers --tail 20
     kube logs "$newest" --all-containers --tail 20 --previous 2>/dev/null
   }
 }
 
-# Prints a patch that makes an object what it is now, whole: kubectl rollout undo knows the pods' template alone.
+# Prints a JSON patch that restores an object. rollout undo restores only the pod template, without ConfigMap.
+# Server-side apply keeps fields that the failed release added by client-side apply, and takes over replicas.
 patch_of() {
   local metadata content
   metadata=$(live "$1" .metadata) && content=$(live "$1" ".$2") &&
@@ -449,7 +450,7 @@ patch_of() {
       {op: replace, path: /$2, value: $content}]"
 }
 
-# Fails if another run, or somebody by hand, has changed the Deployment since this run applied it.
+# Fails if another run or an operator has changed the Deployment since this run applied it.
 still_ours() {
   local now && now=$(release) || return
   [ "$now" != "${applied:-$now}" ] || return 0
@@ -459,29 +460,30 @@ still_ours() {
 
 put_back() {
   still_ours && applied="" && quietly kube patch "configmap/$name-config" --type json --patch "$old_config" &&
-    # The autoscaler may have changed their number since.
+    # The autoscaler may have changed the number of replicas.
     replicas=$(live "deployment/$name" .spec.replicas) && quietly kube patch "deployment/$name" --type json \
     --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]"
 }
 
-# Goes back to what ran before, and says so in failure.
+# Goes back to the earlier release, and adds the result to failure.
 go_back() {
-  [ "$served" = NewReplicaSetAvailable ] ||
-    { failure+=" No release that worked ran before, so nothing was undone." && return; }
-  echo "deploy.sh: $failure Going back to $(image_of "$old_release"), which ran before."
+  local reason="it is the first release: correct it and run this again"
+  [ -z "$old_release" ] || reason="the release before it was not completed either: deploy a commit that worked"
+  [ "$served" = NewReplicaSetAvailable ] || { failure+=" Nothing was undone, because $reason." && return; }
+  echo "deploy.sh: $failure Going back to $(image_of "$old_release"), the earlier release."
   failure="Going back failed. The Deployment has"
   wait_until 60 put_back ||
     { failure+=" $(image_of "$(release 2>/dev/null || echo "probably the new release, $image")")." && return; }
-  trap : INT TERM HUP # they end the wait alone
-  failure="The deployment was undone: what ran before serves again."
+  trap : INT TERM HUP # a signal only ends the wait
+  failure="The deployment was undone: the earlier release serves again."
   rollout || failure="The deployment was undone, but not all pods serve yet: see kubectl --namespace $name get pods."
 }
 
-# The end of every run. A failure is explained, and what was applied is undone.
+# Ends every run: explains a failure, and undoes the release.
 finish() {
   local status=$?
   set +e # an explanation that cannot be printed must not end this
-  trap '' INT TERM HUP PIPE # a second Ctrl-C must not leave half of it
+  trap '' INT TERM HUP PIPE # a second Ctrl-C must not interrupt the rollback
   exec >&3 2>&3 # output may go into a file here, and standard output may be a closed pipe
   if [ "$status" -ne 0 ]; then
     [ "$status" -ne 130 ] || failure="Interrupted in the step '$doing'."
@@ -505,7 +507,7 @@ keep_release() {
 
 has_alb() { host=$(live "ingress/$name-ingress" '.status.loadBalancer.ingress[0].hostname') && [ -n "$host" ]; }
 
-# Ends the run with this, and what the cluster tells about the ALB.
+# Ends the run with this reason, after the events of the ALB.
 no_alb() {
   kube describe ingress "$name-ingress" >&2 || true
   die "$1. See the events above, and kubectl --namespace kube-system logs deployment/aws-load-balancer-controller."
@@ -518,15 +520,15 @@ try_service() {
   step "check the service at $check"
   # -q: a .curlrc might change what is sent.
   wait_until "$timeout" curl -q --silent --show-error --fail --max-time 10 --output /dev/null "$url/health" ||
-    die "$url/health does not answer."
+    die "$url/health does not respond."
   TOKEN_SSM_PARAMETER=$token_found ./test.sh "$url" 2>&1 | indent
   keep_release
 }
 
-# The items of a list of the stack that this run needs, or that another run has added since this one began.
+# Prints those items of a list of the stack that this run needs, or that another run has added meanwhile.
 needed() { join "$2" "$(value_of "$1" | tr , '\n' | grep -vxF "$(tr , '\n' <<<"$3")")"; }
 
-# The alarms on the ALB name it, so they are made when it is known. The role keeps what new pods need.
+# The alarms on the ALB need its name. The role keeps only the permissions of the new pods.
 finish_stack() {
   local balancer="" group=""
   still_ours
@@ -545,13 +547,13 @@ finish_stack() {
   deploy_stack "${parameters[@]}"
 }
 
-# --- What can be done -------------------------------------------------------------------------------
+# --- Commands ---------------------------------------------------------------------------------------
 
 deploy() {
   preflight
   undo=untouched
   step "deploy the stack $stack"
-  stack_values=$(show_stack) # another run may have changed it since
+  stack_values=$(show_stack) # another run may have changed it meanwhile
   stack_parameters
   deploy_stack "${parameters[@]}"
   stack_values=$(show_stack)
@@ -562,13 +564,13 @@ deploy() {
   step "apply the manifests of k8s/ to $cluster"
   build_manifests
   apply_manifests
-  step "wait for the roll-out"
+  step "wait for the rollout"
   wait_until 60 rollout || { show_reasons >&2 || true; exit 1; }
   [ -n "$check" ] || keep_release
   step "wait for the ALB"
   wait_until "$timeout" has_alb || no_alb "There is no ALB yet"
   [ -z "$check" ] || try_service
-  step "make the alarms of the ALB, and remove the rights that only old pods needed"
+  step "make the alarms of the ALB, and remove the permissions of the old pods"
   finish_stack
   still_ours
   [ "$(live "deployment/$name" .spec.replicas)" != 0 ] || say "note: $stopped"
@@ -582,12 +584,12 @@ dry_run() {
 Would deploy the stack $stack with ${parameters[*]};
 $([ -n "$token_found" ] && echo keep || echo make) the token parameter ${token_found:-${tokens%%,*}};
 build and push $repository:$tag, unless the registry has it;
-apply to $cluster what --render prints, with ${certificate_arn:-no certificate}${check:+; check the service at $check}.
+apply k8s/ to $cluster, with ${certificate_arn:-no certificate}${check:+; check the service at $check}.
 Nothing was changed.
 END
 }
 
-# Standard output is for the manifests alone.
+# Standard output holds only the manifests.
 render() {
   if command -v aws >/dev/null; then
     preflight >/dev/null
@@ -598,7 +600,7 @@ render() {
   fi
   { log_in && find_image; } 2>/dev/null || {
     image=$repository:$tag
-    echo "deploy.sh: note: the registry shows no image of this commit, so it is named by its tag; deploy it first." >&2
+    echo "deploy.sh: note: the registry shows no image of this commit; its tag is used instead. Deploy it first." >&2
   }
   build_manifests
   echo "$manifests"
@@ -609,11 +611,11 @@ delete() {
   preflight
   step "delete the Ingress, with its ALB, and the namespace $name"
   if [ -z "$issuer" ]; then
-    say "there is no cluster $cluster any more; see whether it has left an ALB behind"
+    say "the cluster $cluster no longer exists; check whether it has left an ALB behind"
   elif [ -z "$stack_values$live_role" ]; then
-    say "there is no stack $stack, so a namespace $name would be another's and is left alone"
+    say "there is no stack $stack, so a namespace $name would belong to another deployment and is kept"
   else
-    # The controller must remove the ALB before the namespace, with which its finalizer would wait.
+    # The controller must remove the ALB first: the namespace would wait for its finalizer.
     quietly kube delete ingress "$name-ingress" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
       no_alb "The Ingress was not deleted, so the ALB may be left"
     quietly kube delete namespace "$name" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
@@ -639,10 +641,10 @@ delete() {
 mode=deploy region=${AWS_REGION:-us-west-1} environment="" cluster="" context="" queue_name="" create_queue=false
 certificate_arn="" token_parameter="" parameters=() platform=linux/amd64 timeout=300 check=""
 number=0 steps=8 doing=start failure="" problems=() undo=no work=""
-# What is found out about AWS and the cluster.
+# Filled by the checks of AWS and the cluster.
 stack_values="" issuer="" applied="" replicas="" live_role="" live_queue="" live_tokens="" live_certificate=""
 dead_letters="" token_found=""
-exec 3>&2 # the terminal, wherever a command's output goes when the run ends
+exec 3>&2 # finish prints here, even if it interrupts a command with redirected output
 trap finish EXIT
 trap 'exit 130' INT TERM HUP PIPE
 read_arguments "$@"
@@ -654,7 +656,7 @@ check_arguments
 name=email-processor # of the stack, the repository, the namespace and what is in it
 # As infra/email-processor.yaml names them.
 stack=$name${environment:+-$environment} role=$name-role${environment:+-$environment} repository=$registry/$stack
-# Only the shell itself needs it, not every tool that is started.
+# Only the shell needs it, not the tools.
 export -n API_TOKEN
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER="" KUBERC=off
 unset KUBECTL_EXTERNAL_DIFF # its exit status might mean something else

@@ -1,8 +1,8 @@
-"""What deploy.sh calls as `docker`, `kubectl`, `aws` and `curl`: `stand_in.py TOOL ARGUMENT...`.
+"""Stand-ins of `docker`, `kubectl`, `aws` and `curl` for deploy.sh: `stand_in.py TOOL ARGUMENT...`.
 
 The folder in STAND_IN holds `calls.jsonl` (arguments, standard input, the environment's names) and
-`state.json`: what the registry, the cluster and AWS have, and how they are to behave. What kubectl
-does without a cluster, the real one does.
+`state.json`: the contents of registry, cluster and AWS, and the failures to simulate. `kubectl
+kustomize` runs the real one. `kubectl apply` replaces objects: the pipeline's cluster merges.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def docker(state: Object, arguments: list[str]) -> str:
             sys.exit("Cannot connect to the Docker daemon")
         case ["build", *_] if state["build_fails"]:
             sys.exit("ERROR: failed to solve: process did not complete successfully")
-        case ["pull", *_, reference]:
+        case ["buildx", "imagetools", "inspect", *_, reference]:
             if reference not in state["pushed"]:
-                sys.exit(f"Error response from daemon: manifest for {reference} not found")
-            digest = hashlib.sha256(reference.encode()).hexdigest()
-            return f"Pulling from a registry\nDigest: sha256:{digest}\nStatus: up to date\n"
+                sys.exit(f"ERROR: {reference}: not found")
+            return f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}\n"
         case ["push", *_, reference]:
             state["pushed"].append(reference)
     return ""
@@ -41,7 +40,7 @@ def docker(state: Object, arguments: list[str]) -> str:
 def aws(state: Object, arguments: list[str], text: str) -> str:
     service, command, *options = arguments
     given = dict(zip(options[::2], options[1::2], strict=False))
-    if f"{service} {command}" == state["refused_by_aws"]:
+    if f"{service} {command}" == state["denied"]:
         sys.exit("An error occurred (AccessDenied)")
     match service, command:
         case "sts", _:
@@ -91,7 +90,7 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
         sys.exit("Error from server (Forbidden)")
     for word in {*state["down"]} & {*arguments}:
         state["down"][word] -= 1
-        if state["down"][word] < 0:  # until somebody logs in again
+        if state["down"][word] < 0:  # until the operator logs in again
             sys.exit("error: You must be logged in to the server (Unauthorized)")
         if not state["down"][word]:
             del state["down"][word]
@@ -113,22 +112,25 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
             assert name in objects, "a usage text"
             return "AWS_REGION must be a region\n"
         case ["diff", *_]:
-            sys.exit(not all(is_applied(state, each) for each in documents(text)))
+            sys.exit(not all(is_applied(objects, manifest) for manifest in documents(text)))
         case ["apply", "--server-side=false", "-f", "-"]:
-            manifests = documents(text)
-            done = [apply(state, each) for each in manifests if each["kind"] != state["refused"]]
-            if len(done) < len(manifests):
+            for manifest in documents(text):
+                if manifest["kind"] != state["invalid"]:
+                    apply(state, manifest)
+            if state["invalid"]:
                 save(state)
-                sys.exit(f"Error from server (Invalid): {state['refused']} is invalid")
-            return "".join(done)
+                sys.exit(f"Error from server (Invalid): {state['invalid']} is invalid")
         case ["patch", name, "--type", "json", "--patch", patch]:
-            after = patched(objects[name], documents(patch)[0])
-            version = after["metadata"].get("resourceVersion")
-            assert version in (None, objects[name]["metadata"]["resourceVersion"]), "a conflict"
-            store(state, after)
+            patched = json.loads(json.dumps(objects[name]))
+            for operation in documents(patch)[0]:
+                *parents, last = operation["path"].split("/")[1:]
+                parent = patched[parents[0]] if parents else patched
+                parent.pop(last, None)
+                if operation["op"] == "replace":
+                    parent[last] = operation["value"]
+            store(objects, patched)
         case ["scale", _, "--replicas", number]:
-            operation = {"op": "replace", "path": "/spec/replicas", "value": int(number)}
-            store(state, patched(objects[DEPLOYMENT], [operation]))
+            objects[DEPLOYMENT]["spec"]["replicas"] = int(number)
         case ["annotate", *_, change]:
             annotations = objects[DEPLOYMENT]["metadata"]["annotations"]
             if change.endswith("-"):
@@ -136,9 +138,9 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
             else:
                 annotations.update([change.split("=")])
         case ["rollout", "restart", _]:
-            again = json.loads(json.dumps(objects[DEPLOYMENT]))
-            again["spec"]["template"]["metadata"]["annotations"]["restartedAt"] = "now"
-            store(state, again)
+            template = objects[DEPLOYMENT]["spec"]["template"]
+            template["metadata"]["annotations"]["restartedAt"] = "now"
+            set_progress(objects[DEPLOYMENT], "ReplicaSetUpdated")
         case ["rollout", "status", *_]:
             return roll_out(state)
         case ["delete", kind, name, *options]:
@@ -153,13 +155,13 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
 
 
 def documents(text: str) -> list[Any]:
-    import yaml  # here, as it would take longer than all else that a call does
+    import yaml  # here, because it takes longer than the rest of a call
 
     return list(yaml.safe_load_all(text))
 
 
 def field(value: Any, path: str) -> str:
-    """What a jsonpath such as {.a.b\\.c[0].d[?(@.name=="x")].e} finds."""
+    """The value at a jsonpath such as {.a.b\\.c[0].d[?(@.name=="x")].e}."""
     pattern = r'\.((?:\\.|[^.[\\])+)|\[(\d+)\]|\[\?\(@\.(\w+)=="(\w+)"\)\]'
     for name, index, key, wanted in re.findall(pattern, path.strip("{}")):
         if wanted:
@@ -172,67 +174,42 @@ def field(value: Any, path: str) -> str:
     return "" if value == {} else json.dumps(value, separators=(",", ":"))
 
 
-def patched(found: Object, operations: list[Any]) -> Object:
-    found = json.loads(json.dumps(found))
-    for operation in operations:
-        *parents, last = operation["path"].split("/")[1:]
-        parent = found[parents[0]] if parents else found
-        assert last in parent
-        if operation["op"] == "remove":
-            del parent[last]
-        else:
-            parent[last] = operation["value"]
-    return found
-
-
 def identity(manifest: Object) -> str:
     return f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
 
 
-def is_applied(state: Object, manifest: Object) -> bool:
-    live = state["objects"].get(identity(manifest), {"metadata": {}})
+def is_applied(objects: Object, manifest: Object) -> bool:
+    live = objects.get(identity(manifest), {"metadata": {}})
     return bool(live["metadata"].get("annotations", {}).get(LAST_APPLIED) == json.dumps(manifest))
 
 
-def apply(state: Object, manifest: Object) -> str:
-    name = identity(manifest)
-    if namespace := manifest["metadata"].get("namespace"):
-        assert f"namespace/{namespace}" in state["objects"], f"{name} comes before its namespace"
-    if is_applied(state, manifest):
-        # As a real server does: its selector is always patched.
-        return f"{name} {'configured' if 'poddisruption' in name else 'unchanged'}\n"
-    before = state["objects"].get(name)
+def apply(state: Object, manifest: Object) -> None:
+    objects, name = state["objects"], identity(manifest)
+    if is_applied(objects, manifest):
+        return
     after = json.loads(json.dumps(manifest))
     after["metadata"].setdefault("annotations", {})[LAST_APPLIED] = json.dumps(manifest)
     if name == DEPLOYMENT:
-        after["spec"]["replicas"] = before["spec"]["replicas"] if before else 1
-        # kubectl takes away what it has applied, and nothing else.
-        kept = before or after
-        last = json.loads(kept["metadata"]["annotations"][LAST_APPLIED])
-        keep(kept["spec"], last["spec"], after["spec"])
-        notes = [each["metadata"]["annotations"] for each in (kept, last, after)]
-        keep(*notes)
+        after["spec"]["replicas"] = objects[name]["spec"]["replicas"] if name in objects else 1
+        after["status"] = objects.get(name, {}).get("status", {})
+        if unfinished := field(objects.get(name, {}), "{.metadata.annotations.unfinished}"):
+            after["metadata"]["annotations"]["unfinished"] = unfinished
         if state["rollout_fails"]:
             state["broken"].append(after["spec"]["template"])
     if state["hostname"] and manifest["kind"] == "Ingress":
         after["status"] = {"loadBalancer": {"ingress": [{"hostname": state["hostname"]}]}}
-    store(state, after)
-    return f"{name} {'configured' if before else 'created'}\n"
+    store(objects, after)
 
 
-def keep(before: Object, last: Object, after: Object) -> None:
-    """Add to an object the fields of the live one that were not applied."""
-    for key in before.keys() - last.keys() - after.keys():
-        after[key] = before[key]
+def store(objects: Object, after: Object) -> None:
+    name = identity(after)
+    if name == DEPLOYMENT and after["spec"] != objects.get(name, {}).get("spec"):
+        set_progress(after, "ReplicaSetUpdated")
+    objects[name] = after
 
 
-def store(state: Object, after: Object) -> None:
-    before = state["objects"].get(identity(after), {})
-    state["version"] += 1
-    after["metadata"]["resourceVersion"] = str(state["version"])
-    if identity(after) == DEPLOYMENT and after["spec"] != before.get("spec"):
-        after["status"] = {"conditions": [{"type": "Progressing", "reason": "ReplicaSetUpdated"}]}
-    state["objects"][identity(after)] = after
+def set_progress(deployment: Object, reason: str) -> None:
+    deployment["status"] = {"conditions": [{"type": "Progressing", "reason": reason}]}
 
 
 def roll_out(state: Object) -> str:
@@ -248,8 +225,7 @@ def roll_out(state: Object) -> str:
     state["more"] = 0
     broken = deployment["spec"]["template"] in state["broken"]
     broken |= deployment["status"]["conditions"][0]["reason"] == "ProgressDeadlineExceeded"
-    reason = "ProgressDeadlineExceeded" if broken else "NewReplicaSetAvailable"
-    deployment["status"]["conditions"][0]["reason"] = reason
+    set_progress(deployment, "ProgressDeadlineExceeded" if broken else "NewReplicaSetAvailable")
     if broken:
         if state["pod"]:
             state["objects"]["pod/new"] = {"status": state["pod"]}

@@ -1,6 +1,7 @@
-"""The manifests: their schemas, and the numbers and names that must fit the application's.
+"""The manifests: their schemas, and names, ports and timeouts that have to fit each other.
 
-Nothing here needs a cluster. The schemas of Kubernetes come with kubernetes-validate.
+Without a cluster: kubernetes-validate has the schemas of Kubernetes. The pipeline's cluster checks
+the Pod Security Standard "restricted", and that a second apply changes nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ OLDEST, NEWEST = "1.30", "1.34"  # the releases of Kubernetes that are supported
 NAME = "email-processor"
 ALB = "alb.ingress.kubernetes.io"
 LABELS = {"app.kubernetes.io/name": NAME}
-PRIVATE = {"/metrics", "/ready"}  # for the cluster alone
+PRIVATE = {"/metrics", "/ready"}  # only for the cluster
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -53,7 +54,6 @@ NETWORK = MANIFESTS["NetworkPolicy", NAME]["spec"]
 CONFIG = MANIFESTS["ConfigMap", f"{NAME}-config"]["data"]
 SERVICE_ACCOUNT = MANIFESTS["ServiceAccount", f"{NAME}-sa"]
 SETTINGS = {setting.name: setting.default for setting in fields(app.Settings)}
-ASLEEP = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
 
 
 def annotation(name: str) -> str:
@@ -73,7 +73,7 @@ def gunicorn_setting(name: str) -> Any:
 
 
 def find(value: Any, key: str) -> Iterator[Any]:
-    """Everything that stands under the key, at any depth."""
+    """Every value of the key, at any depth."""
     if isinstance(value, dict):
         yield from (found for name, found in value.items() if name == key)
         value = list(value.values())
@@ -82,7 +82,7 @@ def find(value: Any, key: str) -> Iterator[Any]:
             yield from find(part, key)
 
 
-# --- Schemas and values ---------------------------------------------------------------------------
+# --- Schemas and names ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
@@ -91,153 +91,116 @@ def test_manifests_are_valid_in_kubernetes(version: str) -> None:
         kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_names_are_the_ones_that_others_rely_on() -> None:
-    """Above all those that the runbook and deploy.sh give to kubectl."""
+def test_names_are_those_of_deploy_sh_and_runbook() -> None:
     ends = {"ConfigMap": "-config", "HorizontalPodAutoscaler": "-hpa", "Ingress": "-ingress"}
     ends |= {"Role": "-role", "RoleBinding": "-role", "ServiceAccount": "-sa"}
-    assert len(MANIFESTS) == 11
     for (kind, name), document in MANIFESTS.items():
         assert name == NAME + ends.get(kind, "")
         assert document["metadata"].get("namespace") == (None if kind == "Namespace" else NAME)
+    target = {"apiVersion": DEPLOYMENT["apiVersion"], "kind": "Deployment", "name": NAME}
+    assert HPA["spec"]["scaleTargetRef"] == target
 
 
-def probe(path: str, period: int) -> dict[str, Any]:
-    asked = {"httpGet": {"path": path, "port": "http"}, "periodSeconds": period}
-    return {**asked, "timeoutSeconds": 3, "failureThreshold": 3}
+# --- Rollout and permissions ----------------------------------------------------------------------
 
 
-SECURITY = "pod-security.kubernetes.io"
-LABELS_OF_NAMESPACE = MANIFESTS["Namespace", NAME]["metadata"]["labels"]
-AS_SPECIFIED: list[tuple[dict[str, Any], str, Any]] = [
-    (DEPLOYMENT["spec"], "replicas", None),  # the HPA owns it
-    (DEPLOYMENT["spec"]["strategy"], "rollingUpdate", {"maxUnavailable": 0, "maxSurge": "25%"}),
-    (POD, "automountServiceAccountToken", False),
-    (POD, "enableServiceLinks", False),
-    (POD["securityContext"], "runAsNonRoot", True),
-    (POD["securityContext"], "seccompProfile", {"type": "RuntimeDefault"}),
-    (CONTAINER, "command", None),  # the image's own, in exec form
-    (CONTAINER["resources"], "requests", {"cpu": "250m", "memory": "256Mi"}),
-    (CONTAINER["resources"], "limits", {"cpu": "500m", "memory": "512Mi"}),
-    (CONTAINER["securityContext"], "allowPrivilegeEscalation", False),
-    (CONTAINER["securityContext"], "readOnlyRootFilesystem", True),
-    (CONTAINER["securityContext"], "capabilities", {"drop": ["ALL"]}),
-    # 30 s of grace for the start.
-    (CONTAINER, "startupProbe", {**probe("/ready", 5), "failureThreshold": 6}),
-    (CONTAINER, "livenessProbe", probe("/health", 10)),
-    (CONTAINER, "readinessProbe", probe("/health", 5)),
-    (HPA["spec"], "minReplicas", 2),
-    (HPA["spec"], "maxReplicas", 10),
-    (PDB["spec"], "maxUnavailable", 1),
-    (MANIFESTS["Role", f"{NAME}-role"], "rules", None),  # nothing in the cluster
-    (LABELS_OF_NAMESPACE, f"{SECURITY}/enforce", "restricted"),
-    (LABELS_OF_NAMESPACE, f"{SECURITY}/enforce-version", f"v{OLDEST}"),
-    (LABELS_OF_NAMESPACE, "elbv2.k8s.aws/pod-readiness-gate-inject", "enabled"),
-    (LABELS_OF_NAMESPACE, "eks.amazonaws.com/pod-readiness-gate-inject", "enabled"),
-    (INGRESS["metadata"]["annotations"], f"{ALB}/target-type", "ip"),
-    (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-path", "/health"),
-    # It must ask less often than it waits, and waits as the probes do.
-    (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-timeout-seconds", "3"),
-    (INGRESS["metadata"]["annotations"], f"{ALB}/healthcheck-interval-seconds", "10"),
-    (INGRESS["metadata"]["annotations"], f"{ALB}/unhealthy-threshold-count", "3"),
-    (CONFIG, "aws_region", "us-west-1"),
-    (CONFIG, "sqs_queue_url", "https://sqs.us-west-1.amazonaws.com/ACCOUNT_ID/dev-CP-queue"),
-    (NETWORK, "ingress", [{"ports": [{"protocol": "TCP", "port": 8080}]}]),
-]
-
-
-@pytest.mark.parametrize(("where", "name", "expected"), AS_SPECIFIED)
-def test_value_is_as_specified(where: dict[str, Any], name: str, expected: Any) -> None:
-    assert where.get(name) == expected
-
-
-def test_network_allows_dns_https_traces_and_the_agent_of_pod_identity() -> None:
-    assert NETWORK["policyTypes"] == ["Ingress", "Egress"]
-    assert NETWORK["egress"] == [
-        {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
-        {"ports": [{"protocol": "TCP", "port": 4318}]},
-        {"ports": [{"protocol": "TCP", "port": 443}]},
-        {
-            "to": [
-                {"ipBlock": {"cidr": "169.254.170.23/32"}},
-                {"ipBlock": {"cidr": "fd00:ec2::23/128"}},
-            ],
-            "ports": [{"protocol": "TCP", "port": 80}],
-        },
-    ]
-
-
-def test_autoscaler_looks_at_memory_then_cpu() -> None:
-    # The order that Kubernetes gives them back in; in any other, every apply is a change.
-    metrics = [metric["resource"] for metric in HPA["spec"]["metrics"]]
-    shares = [(each["name"], each["target"]["averageUtilization"]) for each in metrics]
-    assert shares == [("memory", 80), ("cpu", 70)]
-    half = {"type": "Percent", "value": 50, "periodSeconds": 300}
-    assert HPA["spec"]["behavior"] == {"scaleDown": {"policies": [half]}}
-    assert HPA["spec"]["scaleTargetRef"] == {
-        "apiVersion": DEPLOYMENT["apiVersion"],
-        "kind": "Deployment",
-        "name": NAME,
-    }
-
-
-def test_home_is_a_small_tmp_in_memory() -> None:
-    (mount,) = CONTAINER["volumeMounts"]
-    (volume,) = POD["volumes"]
-    assert mount["name"] == volume["name"]
-    assert volume["emptyDir"] == {"medium": "Memory", "sizeLimit": "32Mi"}
-    assert {"name": "HOME", "value": mount["mountPath"]} in CONTAINER["env"]
-
-
-def test_pods_are_spread_but_never_kept_from_running() -> None:
+def test_rollout_and_drain_leave_enough_pods() -> None:
+    assert "replicas" not in DEPLOYMENT["spec"], "the HPA owns it"
+    assert DEPLOYMENT["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert PDB["spec"]["maxUnavailable"] < HPA["spec"]["minReplicas"]
     spread = POD["topologySpreadConstraints"]
-    keys = ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
-    assert [constraint["topologyKey"] for constraint in spread] == keys
     assert {constraint["whenUnsatisfiable"] for constraint in spread} == {"ScheduleAnyway"}
 
 
-# --- Times ----------------------------------------------------------------------------------------
+def test_new_pods_wait_for_the_load_balancer() -> None:
+    labels = MANIFESTS["Namespace", NAME]["metadata"]["labels"]
+    for controller in ("elbv2.k8s.aws", "eks.amazonaws.com"):
+        assert labels[f"{controller}/pod-readiness-gate-inject"] == "enabled"
+    assert annotation("target-type") == "ip", "only pods that are targets have the gate"
 
 
-def test_roll_out_waits_for_pull_start_and_health_checks() -> None:
-    """A pod is ready only once the load balancer has found it healthy: its readiness gate."""
+def test_autoscaler_lists_memory_first_as_kubernetes_does() -> None:
+    metrics = [metric["resource"] for metric in HPA["spec"]["metrics"]]
+    # In any other order, every apply is a change.
+    assert [metric["name"] for metric in metrics] == ["memory", "cpu"]
+    assert CONTAINER["resources"]["requests"].keys() == {"memory", "cpu"}, "shares of these"
+
+
+def test_container_has_no_more_rights_than_it_needs() -> None:
+    """Pod Security's "restricted" permits these two."""
+    assert CONTAINER["securityContext"]["readOnlyRootFilesystem"] is True
+    assert POD["automountServiceAccountToken"] is False
+    assert "rules" not in MANIFESTS["Role", f"{NAME}-role"]
+    labels = MANIFESTS["Namespace", NAME]["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert labels["pod-security.kubernetes.io/enforce-version"] == f"v{OLDEST}"
+
+
+def test_network_allows_only_dns_traces_https_and_pod_identity() -> None:
+    assert NETWORK["policyTypes"] == ["Ingress", "Egress"]
+    *anywhere, agent = NETWORK["egress"]
+    assert [set(find(rule, "port")) for rule in anywhere] == [{53}, {4318}, {443}]
+    assert set(find(agent, "cidr")) == {"169.254.170.23/32", "fd00:ec2::23/128"}
+    assert list(find(agent, "port")) == [80]
+
+
+def test_home_is_the_writable_volume() -> None:
+    (mount,) = CONTAINER["volumeMounts"]
+    (volume,) = POD["volumes"]
+    assert mount["name"] == volume["name"]
+    assert volume["emptyDir"]["medium"] == "Memory"
+    assert {"name": "HOME", "value": mount["mountPath"]} in CONTAINER["env"]
+
+
+# --- Timeouts -------------------------------------------------------------------------------------
+
+
+def test_probes_ask_the_right_question_in_time() -> None:
+    """/ready only for the start: after that, an AWS outage must not stop the pods."""
+    startup, liveness, readiness = (
+        CONTAINER[f"{name}Probe"] for name in ("startup", "liveness", "readiness")
+    )
+    assert startup["httpGet"]["path"] == "/ready"
+    assert startup["periodSeconds"] * startup["failureThreshold"] == 30
+    paths = [probe["httpGet"]["path"] for probe in (liveness, readiness)]
+    assert [*paths, annotation("healthcheck-path")] == ["/health"] * 3
+    for probe in (startup, liveness, readiness):
+        assert probe["timeoutSeconds"] <= probe["periodSeconds"]
+    timeout = int(annotation("healthcheck-timeout-seconds"))
+    assert timeout < int(annotation("healthcheck-interval-seconds")), "or the ALB rejects it"
+
+
+def test_rollout_waits_for_pull_start_and_health_checks() -> None:
+    """A pod is ready only after the load balancer has found it healthy: its readiness gate."""
     pull, start = 60, 30
     checks = int(annotation("healthcheck-interval-seconds"))
     checks *= int(annotation("healthy-threshold-count"))
     assert DEPLOYMENT["spec"]["progressDeadlineSeconds"] > pull + start + checks
 
 
-def test_pod_outlasts_load_balancer_plus_gunicorn() -> None:
+def test_pod_outlasts_load_balancer_and_gunicorn() -> None:
+    sleep = CONTAINER["lifecycle"]["preStop"]["sleep"]["seconds"]
     delay = attributes("target-group-attributes")["deregistration_delay.timeout_seconds"]
-    assert int(delay) == ASLEEP, "while the load balancer may send to it"
-    assert POD["terminationGracePeriodSeconds"] > ASLEEP + gunicorn_setting("graceful_timeout")
+    assert int(delay) == sleep, "while the load balancer may send to it"
+    assert POD["terminationGracePeriodSeconds"] > sleep + gunicorn_setting("graceful_timeout")
 
 
 def test_gunicorn_keeps_connections_longer_than_the_alb() -> None:
     load_balancer = attributes("load-balancer-attributes")
-    idle = int(load_balancer["idle_timeout.timeout_seconds"])
-    assert idle == 60 < gunicorn_setting("keepalive")
+    assert int(load_balancer["idle_timeout.timeout_seconds"]) < gunicorn_setting("keepalive")
     assert load_balancer["routing.http.drop_invalid_header_fields.enabled"] == "true"
 
 
-# --- Each other, and the application --------------------------------------------------------------
+# --- Ports, labels and settings -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "selector",
-    [
-        pytest.param(SERVICE["spec"]["selector"], id="service"),
-        pytest.param(DEPLOYMENT["spec"]["selector"]["matchLabels"], id="deployment"),
-        pytest.param(PDB["spec"]["selector"]["matchLabels"], id="pdb"),
-        pytest.param(NETWORK["podSelector"]["matchLabels"], id="networkpolicy"),
-        *(
-            pytest.param(constraint["labelSelector"]["matchLabels"], id=constraint["topologyKey"])
-            for constraint in POD["topologySpreadConstraints"]
-        ),
-    ],
-)
-def test_selector_finds_the_pods(selector: dict[str, str]) -> None:
-    assert selector == LABELS
-    assert DEPLOYMENT["spec"]["template"]["metadata"]["labels"].items() >= selector.items()
+def test_every_selector_finds_the_pods() -> None:
+    spread = [part["labelSelector"]["matchLabels"] for part in POD["topologySpreadConstraints"]]
+    others = [each["spec"]["selector"]["matchLabels"] for each in (DEPLOYMENT, PDB)]
+    network = NETWORK["podSelector"]["matchLabels"]
+    for selector in (SERVICE["spec"]["selector"], network, *others, *spread):
+        assert selector == LABELS
+    assert DEPLOYMENT["spec"]["template"]["metadata"]["labels"].items() >= LABELS.items()
 
 
 def test_requests_reach_the_port_that_the_application_opens() -> None:
@@ -257,7 +220,7 @@ def test_pods_run_as_the_service_account() -> None:
     assert subject == {"kind": "ServiceAccount", "name": account, "namespace": NAME}
 
 
-def test_environment_is_what_the_application_takes() -> None:
+def test_application_accepts_its_environment() -> None:
     environ = {}
     for variable in CONTAINER["env"]:
         if "value" in variable:
@@ -267,8 +230,9 @@ def test_environment_is_what_the_application_takes() -> None:
             assert reference["name"] == f"{NAME}-config"
             environ[variable["name"]] = CONFIG[reference["key"]]
     settings = app.Settings.from_environ(environ)
-    assert settings.sqs_queue_url == CONFIG["sqs_queue_url"]
-    assert settings.aws_region == CONFIG["aws_region"]
+    assert (settings.sqs_queue_url, settings.aws_region) == tuple(
+        CONFIG[key] for key in ("sqs_queue_url", "aws_region")
+    )
     assert set(environ) - {"HOME"} <= {name.upper() for name in SETTINGS}
 
 
@@ -292,23 +256,20 @@ def app_paths() -> set[str]:
     return {re.sub("<.*>", "something", rule.rule) for rule in rules}
 
 
-def test_ingress_routes_all_public_paths_but_no_private_one() -> None:
+def test_ingress_routes_every_public_path_and_no_private_one() -> None:
     assert app_paths() >= PRIVATE
     assert {path for path in app_paths() if not is_routed(path)} == PRIVATE
-
-
-def test_ingress_routes_only_what_the_application_serves() -> None:
     assert {route["path"] for route in routes()} <= app_paths()
 
 
-def test_path_that_is_not_routed_is_404_in_json() -> None:
+def test_other_paths_get_the_404_of_the_service() -> None:
     backend = INGRESS["spec"]["defaultBackend"]["service"]
     assert backend["port"] == {"name": "use-annotation"}
-    answer = json.loads(annotation(f"actions.{backend['name']}"))["fixedResponseConfig"]
+    response = json.loads(annotation(f"actions.{backend['name']}"))["fixedResponseConfig"]
     status, message = app.ERRORS["not_found"]
-    assert (answer["statusCode"], answer["contentType"]) == (str(status), "application/json")
+    assert (response["statusCode"], response["contentType"]) == (str(status), "application/json")
     body = {"status": "error", "error": "not_found", "message": message}
-    assert json.loads(answer["messageBody"]) == body
+    assert json.loads(response["messageBody"]) == body
 
 
 def test_no_manifest_names_an_account_or_a_registry() -> None:
@@ -317,8 +278,8 @@ def test_no_manifest_names_an_account_or_a_registry() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
-def test_documents_of_the_guides_are_read_by_kubectl() -> None:
-    """Before 1.33 it takes text that begins with { for JSON. The pipeline tries the oldest."""
+def test_kubectl_reads_the_documents_of_the_guides() -> None:
+    """Before 1.33, kubectl reads text that begins with { as JSON. The pipeline tries the oldest."""
     guides = [app.PROJECT / "SETUP.md", *sorted((app.PROJECT / "docs").glob("*.md"))]
     text = "".join(guide.read_text("utf-8") for guide in guides)
     documents = re.findall(r"^kubectl apply .*<<'END'\n(.*?)^END$", text, re.MULTILINE | re.DOTALL)

@@ -1,12 +1,11 @@
-"""The pipeline: its steps that matter, run, and what linters say of all files that have one.
+"""The pipeline: its scripts are run, and every file that has a linter is linted.
 
-What zizmor and actionlint know of workflows (pins, permissions, secrets, injections) is theirs.
+zizmor and actionlint check pins, permissions, secrets and injections of the workflows.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -30,7 +29,7 @@ BIN = Path(sys.executable).parent
 
 
 def run_step(name: str, before: str = "", **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run a step's script as the runner does, with functions of the test's own before it."""
+    """Run a step's script as the runner does, after functions that stand in for its tools."""
     shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", f"{before}\n{SCRIPTS[name]}"]
     return subprocess.run(shell, capture_output=True, text=True, **how)
 
@@ -62,47 +61,30 @@ def test_only_a_person_starts_a_deployment() -> None:
     assert DEPLOY["concurrency"]["cancel-in-progress"] is False
 
 
-def test_no_failure_is_passed_over() -> None:
-    for workflow in (CI, DEPLOY):
-        assert workflow["defaults"]["run"]["shell"] == "bash"  # with pipefail
-    assert "--only-fixed --fail-on high" in SCRIPTS["Look for vulnerabilities"]
-    assert "--strict --require-hashes" in SCRIPTS["Run pip-audit"]
-    assert "--soft-fail" not in SCRIPTS["Run checkov"]
+def test_no_failure_is_ignored() -> None:
+    assert {workflow["defaults"]["run"]["shell"] for workflow in (CI, DEPLOY)} == {
+        "bash"
+    }  # pipefail
     assert not [step for step in STEPS if "continue-on-error" in step or "if" in step]
 
 
 def test_every_container_is_pinned_by_digest() -> None:
     run = [step for step in STEPS if "docker run" in step.get("run", "")]
     images = [value for step in run for value in step["env"].values()]
-    assert len(images) == 4
+    assert images
     for image in [*images, *JOBS["kubernetes"]["strategy"]["matrix"]["node"]]:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+@sha256:[0-9a-f]{64}", image)
 
 
-def test_ci_runs_the_one_command_on_every_python() -> None:
+def test_ci_tests_every_supported_python_and_kubernetes() -> None:
     tested = JOBS["test"]["strategy"]["matrix"]["python"]
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
     image = re.search(r"FROM python:(3\.\d+)-slim", (PROJECT / "Dockerfile").read_text("utf-8"))
-    assert tested == [f"3.{minor}" for minor in range(11, 15)]
     assert project["requires-python"] == f">={tested[0]}"
     assert image
     assert image[1] in tested
-    (step,) = (step for step in JOBS["test"]["steps"] if "run" in step)
-    assert (step["run"], step["env"]) == (".ci/run", {"PYTHON": "python${{ matrix.python }}"})
-
-
-def test_own_commands_know_their_options() -> None:
-    for script in SCRIPTS.values():
-        for line in script.replace("\\\n", "").splitlines():
-            command, *arguments = shlex.split(line)
-            if command not in ("./deploy.sh", "./setup-local.sh", "venv/bin/pip-audit"):
-                continue
-            path = BIN / "pip-audit" if "venv" in command else PROJECT / command
-            usage = subprocess.run(
-                [path, "--help"], capture_output=True, text=True, env=environment(), check=True
-            ).stdout
-            options = {word for word in arguments if word.startswith("-")}
-            assert options <= set(re.findall(r"--[\w-]+", usage)), command
+    nodes = JOBS["kubernetes"]["strategy"]["matrix"]["node"]
+    assert [re.findall(r":v(1\.\d+)\.", node) for node in nodes] == [[OLDEST], [NEWEST]]
 
 
 # --- Manifests on a real API server ---------------------------------------------------------------
@@ -132,8 +114,6 @@ def test_pipeline_fails_for_a_warning_or_a_difference(
     }}"""
     done = run_step("Apply the manifests twice", kubectl, cwd=tmp_path)
     assert (done.returncode == 0) == passes, done
-    nodes = JOBS["kubernetes"]["strategy"]["matrix"]["node"]
-    assert [re.findall(r":v(1\.\d+)\.", node) for node in nodes] == [[OLDEST], [NEWEST]]
 
 
 # --- The deployment -------------------------------------------------------------------------------
