@@ -13,17 +13,17 @@ case "$*" in
     echo "Usage: ./setup-local.sh [run | test [--all]]
 
   (nothing)    make the virtual environment venv and install everything into it
-  run          that, and serve on port 8080 (or PORT) with an embedded AWS
-  test         that, and run the quick tests in parallel, with branch coverage
-  test --all   that, and run the slow tests too
+  run          then serve on port 8080 (or PORT) with an embedded AWS
+  test         then run the quick tests in parallel, with branch coverage
+  test --all   then run the slow tests too
 
-PYTHON names the Python to use, 3.11 to 3.14; without it, the first such on the PATH."
+PYTHON names the Python to use, 3.11 to 3.14. The default is the first of these on the PATH."
     exit
     ;;
   *) die "Unknown arguments '$*'. Use run, test, test --all or nothing; see --help." 2 ;;
 esac
 
-unset PYTHONHOME PYTHONPATH # neither may lead Python past the environment
+unset PYTHONHOME PYTHONPATH # they would override the environment's packages
 candidates=(python3 python3.14 python3.13 python3.12 python3.11 python)
 [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
 unfit=""
@@ -40,8 +40,8 @@ version=${found%% *} python=${found#* }
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 bin=venv/bin
 [ ! -d venv/Scripts ] || bin=venv/Scripts # Windows
-# Written last, so that an interrupted installation leaves none. The folder counts because the
-# commands in the environment hold its path.
+# Written last, so that an interrupted installation is repeated. It holds the folder, because the
+# commands in the environment do.
 made_from="$PWD $version $(cksum <requirements-dev.txt)"
 if [ -x "$bin/python" ] && [ "$(cat venv/made-from 2>/dev/null)" = "$made_from" ]; then
   echo "[1/2] use venv, Python $version"
@@ -51,7 +51,7 @@ else
   "$python" -m venv --clear venv ||
     die "'$python -m venv --clear venv' failed. On Debian and Ubuntu: apt install python3-venv."
   [ ! -d venv/Scripts ] || bin=venv/Scripts
-  # uv installs in seconds what takes pip a minute. Where only pip knows the index, pip does it.
+  # uv takes seconds, pip a minute. pip is the fallback where only pip knows the index.
   sed -n '/^uv==/,/[^\\]$/p' requirements-dev.txt >venv/uv.txt
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PIP_RETRIES="${PIP_RETRIES:-2}"
   pip=("$bin/python" -m pip --quiet install --require-hashes --requirement)
@@ -70,10 +70,10 @@ case ${1:-} in
     ;;
   test)
     echo "[2/2] test: the quick tests${2:+, then the slow ones}"
-    COVERAGE_FILE=$(mktemp -d)/coverage # its own: another run may be under way
+    COVERAGE_FILE=$(mktemp -d)/coverage # separate: another run may be in progress
     export COVERAGE_FILE
     trap 'rm -rf "${COVERAGE_FILE%/*}"' EXIT
-    # Not loadfile: of Schemathesis's tests, which share a name, it would run one alone.
+    # Not loadfile: Schemathesis's tests share a name, and it would run only one of them.
     pytest=("$bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal)
     "${pytest[@]}" -m "not slow" --cov=app --cov-branch --cov-fail-under=98
     [ -z "${2:-}" ] || "${pytest[@]}" -m slow

@@ -21,14 +21,14 @@ Environment:
                        (default /email-service/api-token)
   AWS_REGION           the parameter's region (default us-west-1)
 
-Exit status: 0 when all checks have passed, 1 when one has not, 2 for a wrong argument.
+Exit status: 0 when all checks have passed, 1 when a check has failed, 2 for a wrong argument.
 HELP
 }
 
 die() { echo "test.sh: $1" >&2 && exit "${2:-1}"; }
 
-# Sets token. It stays in this shell and in pipes: arguments and exported variables of processes
-# can be seen by others.
+# Sets token. It stays in this shell and in pipes: other users can see arguments and exported variables
+# of processes.
 find_token() {
   local name region
   token=${API_TOKEN:-}
@@ -41,15 +41,15 @@ find_token() {
   local command=(aws ssm get-parameter --with-decryption --name "$name" --region "$region"
     --query Parameter.Value --output text)
   export AWS_PAGER=""
-  # The complaint is asked for separately: warnings would spoil a token.
+  # A second call gets the error: standard error in the first one would add warnings to the token.
   token=$("${command[@]}" 2>/dev/null) && [ -n "$token" ] || {
-    local complaint
-    complaint=$("${command[@]}" 2>&1 >/dev/null) || true
-    die "No token: the AWS CLI does not get $name in $region (${complaint##*$'\n'}). Check its credentials, TOKEN_SSM_PARAMETER and AWS_REGION, or set API_TOKEN."
+    local reason
+    reason=$("${command[@]}" 2>&1 >/dev/null) || true
+    die "No token: the AWS CLI does not get $name in $region (${reason##*$'\n'}). Check its credentials, TOKEN_SSM_PARAMETER and AWS_REGION, or set API_TOKEN."
   }
 }
 
-# The text as a JSON string, byte by byte: what is not ASCII stays as it is.
+# Prints the text as a JSON string, byte by byte: bytes outside ASCII stay unchanged.
 json_string() {
   local LC_ALL=C text=$1 out="" char i
   for ((i = 0; i < ${#text}; i++)); do
@@ -63,34 +63,34 @@ json_string() {
   printf '"%s"' "$out"
 }
 
-# Runs curl, and sets came to the status and what tells the answers apart, or to "" and complaint to
-# curl's when there is no answer. The answer itself is never shown: it might repeat the token.
+# Runs curl. Sets outcome to the status with error code, message_id or healthy. Without a response, outcome
+# is "" and reason is curl's error. The response is never shown: it might repeat the token.
 send() {
-  local answer error='"error": *"([a-z_]+)"'
+  local response error='"error": *"([a-z_]+)"'
   # -q: a .curlrc might change what is sent and printed.
-  answer=$(curl -q --silent --show-error --globoff --max-time 30 \
+  response=$(curl -q --silent --show-error --globoff --max-time 30 \
     --write-out '\n%{http_code}' "$@" 2>&1) || {
-    came="" complaint=${answer##*curl: } complaint=${complaint%%$'\n'*}
+    outcome="" reason=${response##*curl: } reason=${reason%%$'\n'*}
     return 0
   }
-  came=${answer##*$'\n'}
-  if [[ $answer =~ $error ]]; then
-    came+=" ${BASH_REMATCH[1]}"
-  elif [[ $answer =~ \"status\":\ *\"success\" && $answer =~ \"message_id\":\ *\"[^\"]+\" ]]; then
-    came+=" message_id"
-  elif [[ $answer =~ \"status\":\ *\"healthy\" ]]; then
-    came+=" healthy"
+  outcome=${response##*$'\n'}
+  if [[ $response =~ $error ]]; then
+    outcome+=" ${BASH_REMATCH[1]}"
+  elif [[ $response =~ \"status\":\ *\"success\" && $response =~ \"message_id\":\ *\"[^\"]+\" ]]; then
+    outcome+=" message_id"
+  elif [[ $response =~ \"status\":\ *\"healthy\" ]]; then
+    outcome+=" healthy"
   fi
 }
 
-# Compares what came with what is expected, for the check of this name.
+# Compares outcome with the expected one, for the check of this name.
 check() {
   number=$((number + 1))
-  if [ "$came" = "$2" ]; then
-    echo "ok    $number/9 $1: $came"
+  if [ "$outcome" = "$2" ]; then
+    echo "ok    $number/9 $1: $outcome"
   else
     failed=$((failed + 1))
-    echo "FAIL  $number/9 $1: expected $2, came ${came:-"no answer: $complaint"}"
+    echo "FAIL  $number/9 $1: expected $2, came ${outcome:-"no answer: $reason"}"
   fi
 }
 
@@ -113,13 +113,13 @@ command -v curl >/dev/null || die "curl is missing. Install it (apt install curl
 no_proxy=${no_proxy:-${NO_PROXY:-}},localhost,127.0.0.1,::1
 export no_proxy
 
-request_id=test-sh-$$-$RANDOM # which consumers and log lines can be searched for
-token="" came="" complaint="" number=0 failed=0 hint=""
+request_id=test-sh-$$-$RANDOM # to find the message and its log lines
+token="" outcome="" reason="" number=0 failed=0 hint=""
 find_token
 
 send "$url/health"
-[ -n "$came" ] ||
-  die "No answer from $url: $complaint. Start the service with ./setup-local.sh run, or give its URL."
+[ -n "$outcome" ] ||
+  die "No answer from $url: $reason. Start the service with ./setup-local.sh run, or give its URL."
 check "health" "200 healthy"
 
 good='"email_subject": "test.sh: please ignore", "email_sender": "John doe"'
@@ -128,7 +128,7 @@ content='"email_content": "Just want to say... Happy new year!!!"'
 auth="\"token\": $(json_string "$token")"
 
 post "valid message" "200 message_id" "{\"data\": {$good, $time, $content}, $auth}"
-[ "$came" != "401 invalid_token" ] || hint=" The service does not know this token: check API_TOKEN and TOKEN_SSM_PARAMETER."
+[ "$outcome" != "401 invalid_token" ] || hint=" The service does not know this token: check API_TOKEN and TOKEN_SSM_PARAMETER."
 post "missing token" "401 token_required" "{\"data\": {$good, $time, $content}}"
 post "invalid token" "401 invalid_token" \
   "{\"data\": {$good, $time, $content}, \"token\": \"not a token of this service\"}"
