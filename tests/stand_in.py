@@ -262,6 +262,9 @@ def main() -> None:
         sys.stdout.write(aws(state, arguments, text))
     elif state["curl_fails"]:
         sys.exit(28)
+    else:
+        state.update(state["from_check"])
+        state["from_check"] = {}
     save(state)
 
 
