@@ -837,7 +837,7 @@ def test_cluster_keeps_changes_by_hand_and_gets_them_back(checkout: Path, tmp_pa
         ("pdb", "maxUnavailable: 1", "maxUnavailable: -1"),
     ):
         manifest = checkout / "k8s" / f"{name}.yaml"
-        manifest.write_text(manifest.read_text().replace(old, new))
+        manifest.write_text(manifest.read_text().replace(old, new, 2))
     failed = machine.execute(*command, "--queue-name", "other")
     assert "The deployment was undone: the earlier release serves again." in failed.stderr, failed
     assert release() == before
