@@ -462,11 +462,13 @@ def test_no_attempt_starts_after_the_deadline(caplog: pytest.LogCaptureFixture) 
 
 
 def test_messages_of_a_rejected_batch_go_in_two_calls_at_once() -> None:
-    publishing = batch_of(3)
+    publishing = Publishing(5, calls_in_flight=2)  # two are in flight, three wait
+    publishing.end_call()
+    publishing.end_call()
     publishing.end_call(failure="rejected")
     assert [len(call.entries) for call in publishing.sqs.in_flight] == [1, 1]
     publishing.end_calls()
-    assert publishing.outcomes == [SENT] * 4
+    assert publishing.outcomes == [SENT] * 5
 
 
 def test_messages_are_retried_in_their_order_before_later_ones() -> None:
