@@ -122,15 +122,12 @@ class Client:
         """Everything until the service ends the connection, interim responses included."""
         return self._file.read()
 
-    def is_closed(self, seconds: float = WAIT) -> bool:
-        """Whether the service ends the connection within the time, with nothing more to read."""
-        self.sock.settimeout(seconds)
+    def is_closed(self) -> bool:
+        """Wait for the end of the connection, or for something to read."""
         try:
             return self._file.read(1) == b""
         except ConnectionResetError:
             return True
-        except TimeoutError:
-            return False
 
 
 def request_head(method: str, path: str, *headers: str) -> bytes:
