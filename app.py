@@ -292,10 +292,21 @@ class Service(Flask):
             return None
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
-    def warm_up(self) -> None:
-        """Start to read the token and the queue's limit, where the worker has not yet read them."""
-        if not self.tokens.ready:
-            self.tokens.refresh()
+    def start(self) -> None:
+        """After the fork: start to trace, and to keep the tokens fresh, also without requests."""
+        if self.tracing:
+            self.tracing.start()
+
+        def keep_fresh() -> None:
+            while True:
+                self.refresh()
+                time.sleep(1)
+
+        threading.Thread(target=keep_fresh, daemon=True).start()
+
+    def refresh(self) -> None:
+        """Start the reads that are due: of the tokens, and of the queue's limit until known."""
+        self.tokens.refresh()
         if not self.publisher.max_message_bytes:
             self.publisher.refresh_limit()
 
@@ -333,7 +344,7 @@ class Service(Flask):
         if exchange.is_measured:
             REQUESTS_IN_FLIGHT.dec()
             REQUEST_DURATION.observe(duration)
-        record_answer(
+        record_response(
             method=environ["REQUEST_METHOD"],
             path=header_text(environ["PATH_INFO"]),
             client=client,
@@ -395,7 +406,7 @@ class Service(Flask):
         return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
 
     def ready(self) -> Response:
-        self.warm_up()
+        self.refresh()
         missing = {}
         if not self.tokens.ready:
             missing["token_store_unavailable"] = (
@@ -435,7 +446,7 @@ class Service(Flask):
         return self.error_response(g.exchange, error)
 
     def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
-        """The response to a request that never reached Flask: Gunicorn could not parse it."""
+        """The response to a request that Flask did not handle: Gunicorn could not parse it."""
         exchange = self.new_exchange(environ)
         return self.finish(exchange, self.error_response(exchange, error))
 
@@ -540,7 +551,7 @@ def read_body(limit: int) -> bytes:
 MAX_JSON_DEPTH, MAX_JSON_VALUES = 100, 10_000
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -549,7 +560,7 @@ def _refuse_constant(name: str) -> NoReturn:
 _scan_value = json.JSONDecoder(
     parse_int=lambda digits: int(digits[:20]),
     parse_float=lambda _: math.nan,
-    parse_constant=_refuse_constant,
+    parse_constant=_reject_constant,
 ).scan_once  # type: ignore[attr-defined]
 _space = re.compile(r"[ \t\n\r]*").match
 _space_and_brace = re.compile(r"[ \t\n\r]*\{").match
@@ -655,6 +666,161 @@ def ascii_json(text: str) -> str:
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
+# --- Token store ----------------------------------------------------------------------------------
+
+
+class TokenStore:
+    """The tokens that SSM Parameter Store holds, cached.
+
+    SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
+    read starts when the cache is nearly `cache_seconds` old, and when a token does not match (it
+    may be new), but only one at a time, and none within READ_INTERVAL seconds of the last (or
+    `cache_seconds`, if that is less). A known token stays valid while a read is in progress; a
+    request waits for SSM only with an unknown token. While SSM fails, the last known tokens stay
+    valid. A parameter that SSM no longer has is not a failure: its token stops working.
+    """
+
+    READ_INTERVAL = 5.0
+
+    def __init__(
+        self,
+        ssm: Any,
+        names: tuple[str, ...],
+        cache_seconds: float,
+        executor: Executor,  # of the reads
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._ssm = ssm
+        self._names = names
+        self._cache_seconds = cache_seconds
+        self._interval = min(self.READ_INTERVAL, cache_seconds)
+        self._executor = executor
+        self._clock = clock
+        self._jitter = jitter
+        self._lock = threading.Lock()
+        self._tokens: tuple[tuple[str, bytes], ...] = ()  # with the parameter's configured name
+        self._warned: set[tuple[str, str]] = set()
+        self._attempted_at = self._due_at = -math.inf
+        self._read_in_progress: Future[None] | None = None
+        self.ready = False  # a token was read at least once
+        self.problem: str | None = None  # why the last read failed
+        self.reason = "SSM has not responded yet"  # why there is no token
+
+    def accepts(self, token: str) -> str | None:
+        """The name of the parameter that holds the token, as configured; None if there is none.
+
+        Raises ApiError token_store_unavailable.
+        """
+        name = self._matches(token)
+        if name is None or self._clock() >= self._due_at:
+            was_failing = self.problem is not None
+            read, is_new = self._start_read()
+            # While SSM fails, at most one request waits for it at a time.
+            if read and name is None and (is_new or not was_failing):
+                read.result()
+                name = self._matches(token)
+        if not self.ready:
+            raise ApiError("token_store_unavailable")
+        return name
+
+    def refresh(self) -> None:
+        """Start a read if the tokens are nearly too old, or not yet known."""
+        if self._clock() >= self._due_at:
+            self._start_read()
+
+    def _matches(self, token: str) -> str | None:
+        given = token.encode("utf-8", "surrogatepass")
+        # Compare with every token: the time does not reveal which token matched.
+        names = [name for name, known in self._tokens if hmac.compare_digest(given, known)]
+        return names[0] if names else None
+
+    def _start_read(self) -> tuple[Future[None] | None, bool]:
+        """The read in progress, if there is one, and whether it was started here."""
+        with self._lock:
+            read = self._read_in_progress
+            if read and not read.done():
+                return read, False
+            if self._clock() - self._attempted_at < self._interval:
+                return None, False
+            read = self._read_in_progress = self._executor.submit(self._read)
+            return read, True
+
+    def _read(self) -> None:
+        now = self._clock()
+        try:
+            response = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
+            missing = response.get("InvalidParameters", [])
+            if len(response["Parameters"]) + len(missing) != len(self._names):
+                raise ValueError("the response does not cover every parameter")
+            tokens = [
+                (self._configured_name(parameter), token.encode())
+                for parameter in response["Parameters"]
+                for token in self._tokens_of(parameter)
+            ]
+        except Exception as error:  # a malformed response may raise any exception
+            self.problem = self.reason = f"ssm:GetParameters failed: {cause_of(error)}"
+            TOKEN_READS["failure"].inc()
+            instead = "the last known token stays valid" if self.ready else "no token is known yet"
+            log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
+            self._attempted_at = self._clock()  # the end of the read: a slow failure counts once
+            return
+        if missing:
+            log.warning("token parameter missing in SSM", extra={"parameters": missing})
+        empty = [name for name in self._names if name not in missing]
+        self.reason = "; ".join(
+            f"{text} {', '.join(names)}"
+            for text, names in (("SSM does not have", missing), ("there is no token in", empty))
+            if names
+        )
+        TOKEN_READ_TIMESTAMP.set_to_current_time()
+        # In the configured order, which decides when parameters hold the same token.
+        self._tokens = tuple(
+            sorted(tokens, key=lambda pair: (*self._names, pair[0]).index(pair[0]))
+        )
+        self.ready = self.ready or bool(tokens)
+        if self.ready:
+            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
+            self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
+        self._attempted_at = self._clock()
+        self.problem = None
+        TOKEN_READS["success"].inc()
+
+    def _configured_name(self, parameter: dict[str, Any]) -> str:
+        """The parameter's name as configured: perhaps an ARN, or with a version or label.
+
+        SSM returns the version or label apart, as Selector; emulators leave it out.
+        """
+        spelled = {parameter.get("Name"), parameter.get("ARN")}
+        selected = {f"{name}{parameter.get('Selector', '')}" for name in spelled}
+        exact = [name for name in self._names if name in selected]
+        close = [name for name in self._names if name.rpartition(":")[0] in spelled]
+        return (exact or close or [parameter.get("Name", "")])[0]
+
+    def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
+        """A parameter's tokens. A probable mistake in the value is logged once."""
+        kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
+        values = value.split(",") if kind == "StringList" else [value]
+        tokens = [without_space(value) for value in values]
+        problems = {
+            f"is a {kind}, which is not encrypted; make it a SecureString": kind != "SecureString",
+            "has white space around its value, which is ignored": tokens != values,
+            "has quotes around its value, which are part of the token": any(
+                re.fullmatch(r"(['\"]).*\1", token) for token in tokens
+            ),
+            "has JSON in it; the whole text is the token": re.fullmatch(
+                r"\s*(\{.*\}|\[.*\])\s*", value, re.DOTALL
+            ),
+            "has no token in it": not all(tokens),
+        }
+        name = parameter.get("Name", "")
+        for problem, is_there in problems.items():
+            if is_there and (name, problem) not in self._warned:
+                self._warned.add((name, problem))
+                log.warning(f"token parameter {problem}", extra={"parameters": [name]})
+        return [token for token in tokens if token]
+
+
 # --- Validate -------------------------------------------------------------------------------------
 
 
@@ -721,160 +887,6 @@ def timestamp_rule(value: Any) -> str | None:
             f"{TIMESTAMP_RANGE[0]} (2000-01-01) to {TIMESTAMP_RANGE[-1]} (2100-01-01)"
         )
     return None
-
-
-# --- Token store ----------------------------------------------------------------------------------
-
-
-class TokenStore:
-    """The tokens that SSM Parameter Store holds, cached.
-
-    SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
-    read starts when the cache is nearly `cache_seconds` old, and when a token does not match (it
-    may be new), but only one at a time, and none within READ_INTERVAL seconds of the last (or
-    `cache_seconds`, if that is less). A known token stays valid while a read is in progress; a
-    request waits for SSM only with an unknown token. While SSM fails, the last known tokens stay
-    valid. A parameter that SSM no longer has is not a failure: its token stops working.
-    """
-
-    READ_INTERVAL = 5.0
-
-    def __init__(
-        self,
-        ssm: Any,
-        names: tuple[str, ...],
-        cache_seconds: float,
-        executor: Executor,  # of the reads
-        clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
-    ) -> None:
-        self._ssm = ssm
-        self._names = names
-        self._cache_seconds = cache_seconds
-        self._interval = min(self.READ_INTERVAL, cache_seconds)
-        self._executor = executor
-        self._clock = clock
-        self._jitter = jitter
-        self._lock = threading.Lock()
-        self._tokens: tuple[tuple[str, bytes], ...] = ()  # with the parameter's configured name
-        self._warned: set[tuple[str, str]] = set()
-        self._attempted_at = self._due_at = -math.inf
-        self._read_in_progress: Future[None] | None = None
-        self.ready = False  # a token was read at least once
-        self.problem: str | None = None  # why the last read failed
-        self.reason = "SSM has not responded yet"  # why there is no token
-
-    def accepts(self, token: str) -> str | None:
-        """The name of the parameter that holds the token, as configured; None if there is none.
-
-        Raises ApiError token_store_unavailable.
-        """
-        name = self._matches(token)
-        if name is None or self._clock() >= self._due_at:
-            was_failing = self.problem is not None
-            read, is_new = self._start_read()
-            # While SSM fails, at most one request waits for it at a time.
-            if read and name is None and (is_new or not was_failing):
-                read.result()
-                name = self._matches(token)
-        if not self.ready:
-            raise ApiError("token_store_unavailable")
-        return name
-
-    def refresh(self) -> None:
-        """Start a read of the tokens, unless one is in progress or was just made."""
-        self._start_read()
-
-    def _matches(self, token: str) -> str | None:
-        given = token.encode("utf-8", "surrogatepass")
-        # Compare with every token: the time does not reveal which token matched.
-        names = [name for name, known in self._tokens if hmac.compare_digest(given, known)]
-        return names[0] if names else None
-
-    def _start_read(self) -> tuple[Future[None] | None, bool]:
-        """The read in progress, if there is one, and whether it was started here."""
-        with self._lock:
-            read = self._read_in_progress
-            if read and not read.done():
-                return read, False
-            if self._clock() - self._attempted_at < self._interval:
-                return None, False
-            read = self._read_in_progress = self._executor.submit(self._read)
-            return read, True
-
-    def _read(self) -> None:
-        now = self._clock()
-        try:
-            answer = self._ssm.get_parameters(Names=list(self._names), WithDecryption=True)
-            missing = answer.get("InvalidParameters", [])
-            if len(answer["Parameters"]) + len(missing) != len(self._names):
-                raise ValueError("the response does not cover every parameter")
-            tokens = [
-                (self._configured_name(parameter), token.encode())
-                for parameter in answer["Parameters"]
-                for token in self._tokens_of(parameter)
-            ]
-        except Exception as error:  # a malformed response may raise any exception
-            self.problem = self.reason = f"ssm:GetParameters failed: {cause_of(error)}"
-            TOKEN_READS["failure"].inc()
-            instead = "the last known token stays valid" if self.ready else "no token is known yet"
-            log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
-            self._attempted_at = self._clock()  # the end of the read: a slow failure counts once
-            return
-        if missing:
-            log.warning("token parameter missing in SSM", extra={"parameters": missing})
-        empty = [name for name in self._names if name not in missing]
-        self.reason = "; ".join(
-            f"{text} {', '.join(names)}"
-            for text, names in (("SSM does not have", missing), ("there is no token in", empty))
-            if names
-        )
-        TOKEN_READ_TIMESTAMP.set_to_current_time()
-        # In the configured order, which decides when parameters hold the same token.
-        self._tokens = tuple(
-            sorted(tokens, key=lambda pair: (*self._names, pair[0]).index(pair[0]))
-        )
-        self.ready = self.ready or bool(tokens)
-        if self.ready:
-            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
-            self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
-        self._attempted_at = self._clock()
-        self.problem = None
-        TOKEN_READS["success"].inc()
-
-    def _configured_name(self, parameter: dict[str, Any]) -> str:
-        """The parameter's name as configured: perhaps an ARN, or with a version or label.
-
-        SSM returns the version or label apart, as Selector; emulators leave it out.
-        """
-        spelled = {parameter.get("Name"), parameter.get("ARN")}
-        selected = {f"{name}{parameter.get('Selector', '')}" for name in spelled}
-        exact = [name for name in self._names if name in selected]
-        close = [name for name in self._names if name.rpartition(":")[0] in spelled]
-        return (exact or close or [parameter.get("Name", "")])[0]
-
-    def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
-        """A parameter's tokens. A probable mistake in the value is logged once."""
-        kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
-        values = value.split(",") if kind == "StringList" else [value]
-        tokens = [without_space(value) for value in values]
-        problems = {
-            f"is a {kind}, which is not encrypted; make it a SecureString": kind != "SecureString",
-            "has white space around its value, which is ignored": tokens != values,
-            "has quotes around its value, which are part of the token": any(
-                re.fullmatch(r"(['\"]).*\1", token) for token in tokens
-            ),
-            "has JSON in it; the whole text is the token": re.fullmatch(
-                r"\s*(\{.*\}|\[.*\])\s*", value, re.DOTALL
-            ),
-            "has no token in it": not all(tokens),
-        }
-        name = parameter.get("Name", "")
-        for problem, is_there in problems.items():
-            if is_there and (name, problem) not in self._warned:
-                self._warned.add((name, problem))
-                log.warning(f"token parameter {problem}", extra={"parameters": [name]})
-        return [token for token in tokens if token]
 
 
 # --- Publisher ------------------------------------------------------------------------------------
@@ -1021,7 +1033,7 @@ class Publisher:
         self._pending_bytes = 0
         self._in_flight = 0  # calls
         self._failures = 0  # calls in a row
-        self._answered_at = -math.inf
+        self._responded_at = -math.inf
         self._open = False  # the circuit
         self._opened_at = 0.0
         self._probe_at = 0.0  # when the next probe may start
@@ -1049,10 +1061,10 @@ class Publisher:
             if self._clock() - self._attempted_at < self.READ_INTERVAL:
                 return
             self._attempted_at = self._clock()
-            answer = self._sqs.get_queue_attributes(
+            response = self._sqs.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
             )
-            self.max_message_bytes = int(answer["Attributes"]["MaximumMessageSize"])
+            self.max_message_bytes = int(response["Attributes"]["MaximumMessageSize"])
             self.problem = None
         except Exception as error:  # a malformed response may raise any exception
             self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
@@ -1206,7 +1218,7 @@ class Publisher:
         """Open or close the circuit after a call that began then; whether it opened. Locked."""
         now = self._clock()
         if label not in ("timeout", "unavailable"):
-            self._failures, self._answered_at = 0, now
+            self._failures, self._responded_at = 0, now
             if self._open:
                 self._open = False
                 SQS_CIRCUITS_OPEN.set(0)
@@ -1214,8 +1226,8 @@ class Publisher:
                 log.warning("SQS is back; circuit closed", extra={"seconds": seconds})
             return False
         self._failures += 1
-        is_silent = label == "timeout" and self._answered_at < began
-        if self._open or not (is_silent or self._failures >= self.FAILURES):
+        is_timeout = label == "timeout" and self._responded_at < began
+        if self._open or not (is_timeout or self._failures >= self.FAILURES):
             return False
         self._open, self._opened_at, self._probe_at = True, now, now
         SQS_CIRCUITS_OPEN.set(1)
@@ -1227,17 +1239,17 @@ class Publisher:
         """Each message's MessageId or its failure; the same for all if the call as one failed."""
         try:
             if len(batch) == 1:
-                answer = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
-                answer = {"Successful": [{"Id": "0", **answer}]}
+                response = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
+                response = {"Successful": [{"Id": "0", **response}]}
             else:
                 entries = [{"Id": str(n), **pending.entry} for n, pending in enumerate(batch)]
-                answer = sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+                response = sqs.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
             results: dict[str | None, str | Exception] = {}
-            for failed in answer.get("Failed", []):
+            for failed in response.get("Failed", []):
                 status = {"HTTPStatusCode": 400 if failed.get("SenderFault") else 500}
                 error = {"Error": failed, "ResponseMetadata": status}
                 results[failed.get("Id")] = ClientError(error, "SendMessageBatch")
-            for sent in answer.get("Successful", []):
+            for sent in response.get("Successful", []):
                 results[sent.get("Id")] = sent.get("MessageId", "")
             unknown = ValueError("the response has no MessageId")
             return [results.get(str(n)) or unknown for n in range(len(batch))]
@@ -1452,7 +1464,7 @@ class CredentialProcess(subprocess.Popen[bytes]):
         return output
 
 
-def refuse_mfa(_: str) -> NoReturn:
+def reject_mfa(_: str) -> NoReturn:
     text = "the profile has an mfa_serial, and a service cannot enter a code"
     raise CredentialRetrievalError(provider="assume-role", error_msg=text)
 
@@ -1462,7 +1474,7 @@ botocore.credentials.ProcessProvider = functools.partial(
     botocore.credentials.ProcessProvider, popen=CredentialProcess
 )
 botocore.credentials.AssumeRoleProvider = functools.partial(
-    botocore.credentials.AssumeRoleProvider, prompter=refuse_mfa
+    botocore.credentials.AssumeRoleProvider, prompter=reject_mfa
 )
 
 
@@ -1628,7 +1640,7 @@ def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[
     return {value: counter.labels(value) for value in label_values}
 
 
-ANSWERS = _counter(
+RESPONSES = _counter(
     "email_processor_requests",
     "Responses by outcome: success, or the error code.",
     "outcome",
@@ -1814,7 +1826,7 @@ class LogHandler(QueueHandler):
     def __init__(self, lines: int = 1000) -> None:
         super().__init__(queue.SimpleQueue())
         self._lines = lines  # that may wait for the thread
-        self._queued = self._written = self._dropped = self._told = 0
+        self._queued = self._written = self._dropped = self._reported = 0
         self._thread: threading.Thread | None = None
         out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
         self._out = getattr(out, "raw", out)  # a full buffer would delay the exit
@@ -1860,10 +1872,10 @@ class LogHandler(QueueHandler):
     def _write(self, line: bytes) -> None:
         try:
             self._put(line)
-            if dropped := self._dropped - self._told:
+            if dropped := self._dropped - self._reported:
                 told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
                 self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
-                self._told += dropped
+                self._reported += dropped
         except (AttributeError, OSError, TypeError, ValueError):  # closed, or full and non-blocking
             self._drop()
 
@@ -1883,9 +1895,9 @@ def log_start(settings: Settings, workers: int, threads: int | None) -> None:
     log.info("service starts", extra={**build, "workers": workers, "threads": threads})
 
 
-def record_answer(path: str, status: int, client: str = "", **line: Any) -> None:
+def record_response(path: str, status: int, client: str = "", **line: Any) -> None:
     """Count a response and write its log line; no other place does either."""
-    ANSWERS[line.get("error") or "success"].inc()
+    RESPONSES[line.get("error") or "success"].inc()
     quiet = path in ("/health", "/ready", "/metrics")
     level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
     if log.isEnabledFor(level):
@@ -1936,8 +1948,8 @@ def create_app(
     """The WSGI application.
 
     Without settings they are read from the environment (SettingsError). Tests bring clients: those
-    of boto3, or anything with their methods. This calls no AWS and starts no thread: warm_up does,
-    or the first request.
+    of boto3, or anything with their methods. This calls no AWS and starts no thread: Service.start
+    does, or the first request.
     """
     settings = settings or Settings.from_environ(os.environ)
     # Of reads of token and queue beside the calls that publish.
@@ -2056,8 +2068,7 @@ def serve_without_gunicorn(settings: Settings) -> None:
     with listen(settings.port) as sock:
         host, app = sock.getsockname()[0], create_app(settings)
         server = make_server(host, settings.port, app, threaded=True, fd=sock.fileno())
-    if app.tracing:
-        app.tracing.start()
+    app.start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -175,9 +175,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    worker.wsgi.warm_up()
-    if worker.wsgi.tracing:
-        worker.wsgi.tracing.start()
+    worker.wsgi.start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -1,8 +1,8 @@
 """Gunicorn's worker: an event loop receives requests and sends responses; threads handle them.
 
-A slow client or a call of AWS occupies no thread. A thread gets a request once it is fully
-received, and a response that is not known yet frees the thread: the application returns an iterable
-with add_done_callback, and the response is sent when that calls back.
+A slow client or a call of SQS occupies no request thread. A thread gets a request once it is fully
+received. If the application's iterable has add_done_callback, the thread is free at once, and the
+response is sent after the callback.
 
 A connection has one owner at a time: the event loop, the thread that handles its request, or the
 thread that completes its response. Only the event loop touches the socket.
@@ -33,7 +33,8 @@ import app
 MAX_HEAD_BYTES = 65_536  # the ALB's limit for all headers together
 MAX_CHUNKS = 10_000  # Gunicorn's parser takes about 3 us for each
 MAX_CHUNK_LINE_BYTES = 8190  # of Gunicorn's parser
-# Of the requests of a pod that no thread handles yet. A pod has 512 MiB; idle workers take 120.
+# Limit for the requests of a pod that no thread handles yet; divided by the number of workers. A
+# pod has 512 MiB; idle workers take 120.
 MAX_RECEIVED_BYTES = 96 * 2**20
 STOP_SECONDS = 2.0  # to wait for a client that neither sends nor closes
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
@@ -184,7 +185,7 @@ class Connection:
 
 
 class Worker(base.Worker):  # type: ignore[misc]
-    """See the module. Methods belong to the event loop, except from `handle_requests` on."""
+    """The event loop calls all methods up to `handle_requests`; threads call the rest."""
 
     def init_process(self) -> None:
         # Not in __init__, which runs before the fork.
@@ -217,7 +218,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         self.poller.register(self.PIPE[0], selectors.EVENT_READ, self.clear_pipe)
         for listener in self.sockets:
             listener.setblocking(False)
-            # Otherwise the kernel holds a complete response for each client that does not read.
+            # A small send buffer keeps the kernel's memory low while clients do not read.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.set_accepting(True)
         while self.alive:
@@ -393,10 +394,12 @@ class Worker(base.Worker):  # type: ignore[misc]
         return False
 
     def keep_budget(self) -> None:
-        while self.received_bytes > self.max_received_bytes and (oldest := self.oldest_begun()):
+        while self.received_bytes > self.max_received_bytes and (
+            oldest := self.oldest_incomplete()
+        ):
             self.guard(self.expire, oldest)
 
-    def oldest_begun(self) -> Connection | None:
+    def oldest_incomplete(self) -> Connection | None:
         begun = (conn for conn in self.waiting if conn.request.data)
         return min(begun, key=lambda conn: conn.deadline, default=None)
 
