@@ -775,9 +775,7 @@ class TokenStore:
         )
         TOKEN_READ_TIMESTAMP.set_to_current_time()
         # In the configured order, which decides when parameters hold the same token.
-        self._tokens = tuple(
-            sorted(tokens, key=lambda pair: (*self._names, pair[0]).index(pair[0]))
-        )
+        self._tokens = tuple(sorted(tokens, key=lambda pair: self._names.index(pair[0])))
         self.ready = self.ready or bool(tokens)
         if self.ready:
             # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
@@ -795,7 +793,7 @@ class TokenStore:
         selected = {f"{name}{parameter.get('Selector', '')}" for name in spelled}
         exact = [name for name in self._names if name in selected]
         close = [name for name in self._names if name.rpartition(":")[0] in spelled]
-        return (exact or close or [parameter.get("Name", "")])[0]
+        return (exact or close or self._names)[0]
 
     def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
         """A parameter's tokens. A probable mistake in the value is logged once."""
