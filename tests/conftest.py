@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,22 @@ for name in list(os.environ):
 for ignored in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def background_calls_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No call of AWS outlasts its test: its log lines would be another test's."""
+    executors = []
+
+    class KnownExecutor(ThreadPoolExecutor):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            executors.append(self)
+
+    monkeypatch.setattr(app, "ThreadPoolExecutor", KnownExecutor)
+    yield
+    for executor in executors:
+        executor.shutdown()
 
 
 @pytest.fixture(scope="session")
