@@ -35,7 +35,7 @@ for name in list(os.environ):
         del os.environ[name]
 
 # A background shell and nohup ignore these, and children would too: a handler is not inherited.
-for ignored in (signal.SIGINT, signal.SIGHUP):
+for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, lambda *_: None)
 
