@@ -478,8 +478,8 @@ class Service(Flask):
 class DeferredResponse(Response):
     """A response that is made when a future is done; also its own WSGI iterable.
 
-    Iterating waits for the future, and then calls start_response: PEP 3333 allows that. A server
-    that calls add_done_callback first need not wait (worker.py).
+    Under any WSGI server, iterating blocks until SQS has responded; start_response is called only
+    then, as PEP 3333 allows. worker.py calls add_done_callback, and iterates afterwards.
     """
 
     def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
@@ -555,8 +555,8 @@ def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# The queue gets numbers as text, so none is needed in full: 20 digits show that an integer is out
-# of range (int() raises for more than 4,300), and a number with a fraction is never valid.
+# The queue gets the original text. Parsed numbers are for validation only: 20 digits show that an
+# integer is out of range (int() raises for more than 4,300); a fraction is never valid.
 _scan_value = json.JSONDecoder(
     parse_int=lambda digits: int(digits[:20]),
     parse_float=lambda _: math.nan,
@@ -630,8 +630,8 @@ def check_json_limits(body: bytes) -> None:
     brackets = body.count(b"[") + body.count(b"{")
     if brackets <= MAX_JSON_DEPTH and brackets + body.count(b",") < MAX_JSON_VALUES:
         return  # with the strings, which an ordinary email need not pay to remove
-    # With no escapes, each part at an even index is outside of strings. Each value has up to two
-    # strings, its name included, of two quotes each.
+    # Without escapes, each part at an even index is outside of strings. 10,000 values have at most
+    # 20,000 strings, with their names, and so 40,000 quotes: no further split is needed.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_JSON_VALUES + 1)
     lists = b'"'.join(parts[::2]).translate(_to_lists, b" \t\n\r")
     values = 1 + lists.count(b"[") + lists.count(b",") - lists.count(b"[]")
@@ -662,7 +662,7 @@ def ascii_json(text: str) -> str:
 
     if text.isascii():
         return text
-    # With more matches than strings, a string has control characters: the text is not JSON.
+    # Valid JSON never reaches the count: only a text with control characters in strings does.
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
@@ -984,9 +984,9 @@ class Publisher:
 
     A call costs nearly the same for ten messages as for one. So a worker makes at most CALLS at
     once while fewer than ten messages wait; those that arrive meanwhile go together in the next
-    call (group commit). No timer delays a message: one that finds a call free goes at once. With
-    two calls instead of one, a slow call delays no other message; a third would make batches
-    smaller.
+    call (group commit). No timer delays a message: while fewer than two calls are in flight, it is
+    sent at once. With two calls instead of one, a slow call delays no other message; a third would
+    make batches smaller.
 
     SQS counts as down (the circuit is open) when a call times out and no other call got a response
     meanwhile, or when FAILURES calls in a row fail for a reason that may pass. While the circuit is
@@ -1950,7 +1950,7 @@ def create_app(
     does, or the first request.
     """
     settings = settings or Settings.from_environ(os.environ)
-    # Of reads of token and queue beside the calls that publish.
+    # The calls that publish, and one thread each for GetParameters and GetQueueAttributes.
     executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
     credentials = Credentials(settings.aws_region)
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)

@@ -324,7 +324,8 @@ class Worker(base.Worker):  # type: ignore[misc]
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError:  # no file, or no memory: without a pause this would be tried at once
-                if not number:  # else the oldest idle one may be new, with a request not yet read
+                # A connection that this loop has accepted looks idle: its request is unread.
+                if not number:
                     self.close_oldest_idle()
                 self.set_accepting(False)
                 return
