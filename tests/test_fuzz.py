@@ -69,6 +69,9 @@ class StubAws:
 AWS = StubAws()
 SETTINGS = app.Settings(sqs_queue_url="http://localhost/queue.fifo")
 APP = app.create_app(SETTINGS, ssm=AWS, sqs=AWS)
+# The reads of /ready run in the background; here its first response has to be 200.
+APP.tokens.accepts(TOKEN)
+APP.publisher.read_limit()
 
 
 def respond(
@@ -299,7 +302,7 @@ CHUNKED = st.tuples(CHUNKS, st.sampled_from([b"0", b"00", b"0;a"]), TRAILERS).ma
 
 @st.composite
 def wire_requests(draw: st.DrawFn) -> bytes:
-    """A request as it is sent; most are well-formed."""
+    """The bytes of a request; most are well-formed."""
     line = draw(st.sampled_from([b"POST /a HTTP/1.1", b"GET / HTTP/1.1", b"PUT /b HTTP/1.0"]))
     kind = draw(st.sampled_from(["length", "length", "chunked", "chunked", "none", "any"]))
     if kind == "length":
