@@ -974,7 +974,6 @@ class Pending:
     size: int  # bytes
     request_id: str
     deadline: float
-    attempts: int = 0
     send_separately: bool = False  # SQS rejected a batch that contained it
     message_id: Delivery = field(default_factory=Delivery)
 
@@ -1159,8 +1158,8 @@ class Publisher:
 
     def _send(self, batch: list[Pending], outcomes: dict[Pending, str | ApiError]) -> list[Pending]:
         """Make one call, and add its outcomes. Returns the messages to send again, in order."""
-        if batch[0].attempts:
-            self._pause((1 + random.random()) * 0.025 * 2 ** batch[0].attempts)  # noqa: S311
+        if attempts := batch[0].message_id.attempts:
+            self._pause((1 + random.random()) * 0.025 * 2**attempts)  # noqa: S311
         began = self._clock()
         in_time = [pending for pending in batch if began < pending.deadline]
         again = list[Pending]()
@@ -1178,8 +1177,7 @@ class Publisher:
             is_whole = len(in_time) > 1 and all(result is results[0] for result in results)
             with self._lock:
                 for pending, result in zip(in_time, results, strict=True):
-                    pending.attempts += 1
-                    pending.message_id.attempts = pending.attempts
+                    pending.message_id.attempts += 1
                     pending.message_id.batch_size = len(in_time)
                     if isinstance(result, str):
                         outcomes[pending] = result
@@ -1190,7 +1188,7 @@ class Publisher:
                     retried = (
                         (temporary or (is_whole and not is_about_the_queue(result)))
                         and not self._open
-                        and pending.attempts < self.ATTEMPTS
+                        and pending.message_id.attempts < self.ATTEMPTS
                         and self._clock() < pending.deadline
                     )
                     failed.setdefault((detail_of(result), retried), []).append(pending)

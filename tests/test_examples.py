@@ -1,4 +1,4 @@
-"""The clients of docs/clients.md, each run as it is printed there."""
+"""The clients of docs/clients.md, each run as printed there."""
 
 from __future__ import annotations
 

@@ -649,7 +649,7 @@ def test_tracing_that_was_never_started_changes_nothing(traced: Traced) -> None:
 
 
 def test_opentelemetry_is_loaded_only_when_its_variables_turn_tracing_on() -> None:
-    """In a process of its own: here the module is loaded already."""
+    """In a new process: this one has loaded the module."""
     endpoint = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     off = [
         {},
@@ -690,7 +690,7 @@ def trace_id(number: int) -> str:
 
 
 def send_in_parallel(service: ServiceProcess, numbers: range) -> list[int]:
-    """POST with a trace of its own for each number; the statuses."""
+    """POST once for each number, each with a new trace; the statuses."""
 
     def send(number: int) -> int:
         header = f"X-Amzn-Trace-Id: Root={trace_id(number)}"
