@@ -330,9 +330,10 @@ log_in() {
     aws ecr get-login-password | quietly docker login --username AWS --password-stdin "$registry"
 }
 
-# Sets image to the digest of the tag in the registry. buildx reads it without a pull, from any registry.
+# Sets image to the digest of the tag in the registry. buildx reads the digest without a pull.
+# print: buildx ignores a template that begins with {{.Manifest, and prints a table.
 find_image() {
-  image=$repository@$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' "$repository:$tag" 2>/dev/null)
+  image=$repository@$(docker buildx imagetools inspect --format '{{print .Manifest.Digest}}' "$repository:$tag" 2>/dev/null)
 }
 
 push_image() {

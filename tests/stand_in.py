@@ -28,10 +28,12 @@ def docker(state: Object, arguments: list[str]) -> str:
             sys.exit("Cannot connect to the Docker daemon")
         case ["build", *_] if state["build_fails"]:
             sys.exit("ERROR: failed to solve: process did not complete successfully")
-        case ["buildx", "imagetools", "inspect", *_, reference]:
+        case ["buildx", "imagetools", "inspect", "--format", template, reference]:
             if reference not in state["pushed"]:
                 sys.exit(f"ERROR: {reference}: not found")
-            return f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}\n"
+            digest = f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}"
+            # buildx ignores other templates that begin with {{.Manifest (docker/buildx issue 1175).
+            return digest if template.startswith("{{print") else f"Name: x\nDigest: {digest}\n"
         case ["push", *_, reference]:
             state["pushed"].append(reference)
     return ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -18,6 +20,7 @@ from load import Load, LoadReport
 from service import PROJECT, eventually, free_port
 
 IMAGE = "email-processor:test"
+REGISTRY = os.environ.get("REGISTRY", "")  # such as localhost:5000
 FILES = {"app.py", "gunicorn.conf.py", "openapi.yaml", "tracing.py", "worker.py"}
 RESTRICTIONS = (
     *("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL"),
@@ -168,3 +171,18 @@ def test_docker_stop_under_load_loses_nothing(image: str, fake_aws: FakeAws, fig
     assert set(ledger.statuses) == {200}
     assert not ledger.lost
     assert all(failure.first and failure.part == b"" for failure in load.failures)
+
+
+def test_deploy_finds_the_digest_of_an_image_in_a_registry(image: str) -> None:
+    repository, tag = "python", "3.13-slim"  # on Docker Hub
+    if REGISTRY:
+        repository, tag = f"{REGISTRY}/email-processor", "test"
+        docker("tag", image, f"{repository}:{tag}")
+        docker("push", "--quiet", f"{repository}:{tag}")
+    script = (PROJECT / "deploy.sh").read_text("utf-8")
+    (find_image,) = re.findall(r"^find_image\(\) \{\n.*?^\}\n", script, re.DOTALL | re.MULTILINE)
+    command = f"{find_image} repository={repository} tag={tag}; find_image && echo $image"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    if found.returncode and not REGISTRY:
+        pytest.skip("Docker Hub is not reachable; REGISTRY=HOST:PORT names another registry")
+    assert re.fullmatch(rf"{re.escape(repository)}@sha256:[0-9a-f]{{64}}\n", found.stdout)
