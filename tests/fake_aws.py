@@ -10,12 +10,11 @@ measurement. Besides the services it serves /control:
             {"kind": "hang"}                    no response; the connection closes when the fault
                                                 ends or, with "for_good", never
             {"kind": "reset"}                   the connection is reset, nothing is accepted
-            {"kind": "lost_response"}             accepted, but the connection is reset
+            {"kind": "lost_response"}           accepted, but the connection is reset
             {"kind": "error", "status": 500, "code": "InternalFailure"}
             {"kind": "garbage"}                 200 with a body that is no JSON
             {"kind": "trickle"}                 a response that never ends, byte by byte
             {"kind": "huge"}                    200 with a body of 8 MiB
-            {"kind": "close"}                   closes the connection soon after its response
             {"kind": "fail_entries"}            of a batch
           Each takes "share", from 0 to 1: of the calls, or with fail_entries of a batch's entries.
   GET     the numbers of calls, hung calls and accepted messages; /control/messages: the messages
@@ -260,8 +259,6 @@ class AwsConnection(asyncio.Protocol):
             self.loop.call_later(delay, self.respond, status, body, header)
         else:
             self.respond(status, body, header)
-        if kind == "close":
-            self.loop.call_later(delay + 0.05, self.transport.close)
 
     def trickle(self) -> None:
         if not self.transport.is_closing():

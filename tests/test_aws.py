@@ -5,9 +5,7 @@ from __future__ import annotations
 import datetime
 import http.server
 import json
-import os
 import re
-import resource
 import shutil
 import socket
 import ssl
@@ -16,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
@@ -29,7 +27,7 @@ from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from botocore.exceptions import BotoCoreError, ClientError, SSLError
-from client import BODY, DATA
+from client import DATA
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -154,6 +152,10 @@ def send(sqs: Any, queue_url: str = "http://sqs/000000000000/dev-CP-queue") -> A
     return sqs.send_message(QueueUrl=queue_url, **ENTRY)
 
 
+def read(ssm: Any) -> Any:
+    return ssm.get_parameters(Names=[PARAMETER], WithDecryption=True)
+
+
 def failure(call: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of any kind
         call()
@@ -169,9 +171,8 @@ def cause(sqs: Any) -> str:
     return kind_of(failure(lambda: send(sqs)))
 
 
-def boto3_client(service: str, region: str = REGION) -> Any:
-    """boto3's client."""
-    return boto3.client(service, region, config=app.Config(retries={"total_max_attempts": 1}))
+def boto3_client(service: str) -> Any:
+    return boto3.client(service, REGION, config=app.Config(retries={"total_max_attempts": 1}))
 
 
 # --- Signatures -----------------------------------------------------------------------------------
@@ -182,8 +183,7 @@ def signature(request: Request, url: str, secret: str) -> str:
     headers = {name.lower(): value for name, value in request.headers.items()}
     access_key, _, region, service, _ = re.split("[=/]", headers["authorization"])[1:6]
     (names,) = re.findall(r"SignedHeaders=([^,]+)", headers["authorization"])
-    assert {"host", "x-amz-date", "x-amz-target"} <= {*names.split(";")}
-    assert "x-amz-security-token" not in headers or "x-amz-security-token" in names
+    assert {"host", "x-amz-date", "x-amz-target", "x-amz-security-token"} <= {*names.split(";")}
     signed = AWSRequest(
         "POST",
         url + request.path,
@@ -197,76 +197,60 @@ def signature(request: Request, url: str, secret: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    ("secret", "token", "slash"), [("test", "", ""), ("a/b+c==", "t" * 8000, "/")]
-)
 def test_every_call_is_signed_as_botocore_signs(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, secret: str, token: str, slash: str
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.url + slash)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"{endpoint.url}/")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/b+c==")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "t" * 8000)
     sqs = client()
     assert send(sqs) == {"MessageId": "m"}
     sqs.send_message_batch(QueueUrl="q", Entries=[{"Id": "0", **ENTRY}])
     sqs.get_queue_attributes(QueueUrl="q", AttributeNames=["MaximumMessageSize"])
-    client("ssm").get_parameters(Names=["a"], WithDecryption=True)
-    assert len(endpoint.requests) == 4
+    read(client("ssm"))
     assert endpoint.requests[0].headers["X-Amzn-Query-Mode"] == "true", "for its error codes"
-    for request in endpoint.requests:
-        given = request.headers["Authorization"].rpartition("Signature=")[2]
-        assert given == signature(request, endpoint.url, secret)
-        assert given != signature(request, endpoint.url, "another")
-        assert request.headers.get("X-Amz-Security-Token", "") == token
+    for request, service in zip(endpoint.requests, ("sqs", "sqs", "sqs", "ssm"), strict=True):
+        authorization = request.headers["Authorization"]
+        assert f"/{REGION}/{service}/aws4_request" in authorization
+        expected = signature(request, endpoint.url, "a/b+c==")
+        assert authorization.rpartition("Signature=")[2] == expected
+        assert request.headers["X-Amz-Security-Token"] == "t" * 8000
 
 
 # --- Endpoints ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "variables",
+    ("variables", "url"),
     [
-        {},
-        {"AWS_USE_FIPS_ENDPOINT": "true", "AWS_USE_DUALSTACK_ENDPOINT": "true"},
-        {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ENDPOINT_URL_SQS": "http://127.0.0.1:8"},
-        {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"},
+        ({}, "https://SERVICE.us-west-1.amazonaws.com/"),
+        ({"AWS_USE_FIPS_ENDPOINT": "true"}, "https://SERVICE-fips.us-west-1.amazonaws.com/"),
+        (
+            {"AWS_ENDPOINT_URL": "http://sqs", "AWS_ENDPOINT_URL_SSM": "http://ssm"},
+            "http://SERVICE/",
+        ),
     ],
-    ids=lambda variables: ",".join(variables) or "none",
+    ids=["default", "FIPS", "configured"],
 )
-@pytest.mark.parametrize(
-    ("service", "method"), [("sqs", "list_queues"), ("ssm", "describe_parameters")]
-)
-def test_endpoint_is_that_of_boto3(
-    monkeypatch: pytest.MonkeyPatch, service: str, method: str, variables: dict[str, str]
+def test_endpoint_is_that_of_the_aws_configuration(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], url: str
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    boto, asked = boto3_client(service, "us-west-2"), list[str]()
-
-    def before_send(request: Any, **_: Any) -> None:
-        asked.append(request.url)
-        raise ConnectionAbortedError
-
-    boto.meta.events.register("before-send", before_send)
-    failure(getattr(boto, method))
-    boto.close()
-    assert app.AwsClient(service, "us-west-2", app.Credentials(REGION)).url == asked[0]
+    for service in ("sqs", "ssm"):
+        assert client(service).url == url.replace("SERVICE", service)
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("AWS_ENDPOINT_URL", "localhost:4566"),
-        ("AWS_PROFILE", "nope"),
-        ("AWS_CONFIG_FILE", __file__),
-    ],
+    ("variable", "value"), [("AWS_ENDPOINT_URL", "user:s3cr3t@localhost"), ("AWS_PROFILE", "x")]
 )
 def test_unusable_aws_configuration_is_one_line(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(app.SettingsError, match=r"^The AWS configuration is unusable: .+$"):
+    with pytest.raises(app.SettingsError, match=r"^The AWS configuration is unusable: .+$") as end:
         client()
+    assert "s3cr3t" not in str(end.value)
 
 
 # --- TLS and proxies ------------------------------------------------------------------------------
@@ -293,7 +277,6 @@ def make_certificate(folder: Path, host: str = "localhost") -> Path:
 @pytest.mark.parametrize(
     ("variable", "host", "holds"),
     [
-        ("AWS_CA_BUNDLE", "localhost", True),
         ("REQUESTS_CA_BUNDLE", "localhost", True),
         ("AWS_CA_BUNDLE", "other.test", False),
         ("UNKNOWN", "localhost", False),
@@ -316,16 +299,15 @@ def test_certificate_must_be_of_the_host_and_a_known_authority(
 @pytest.mark.parametrize(
     ("variables", "through"),
     [
-        ({"http_proxy": "URL"}, True),
-        ({"HTTP_PROXY": "URL", "NO_PROXY": "aws.test"}, False),
-        ({"HTTP_PROXY": "URL", "NO_PROXY": "other.test"}, True),
+        ({"HTTP_PROXY": "URL", "NO_PROXY": "127.0.0.1"}, False),
+        ({"HTTP_PROXY": "URL", "NO_PROXY": "127.0.0.0/8"}, True),  # libcurl reads networks too
         ({"ALL_PROXY": "URL", "HTTPS_PROXY": "URL"}, False),  # libcurl would use the first
     ],
 )
 def test_proxy_is_used_as_boto3_uses_it(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], through: bool
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://aws.test:8")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:8")
     for name, value in variables.items():
         monkeypatch.setenv(name, value.replace("URL", endpoint.url))
     boto = boto3_client("sqs")
@@ -333,7 +315,7 @@ def test_proxy_is_used_as_boto3_uses_it(
         endpoint.requests.clear()
         if through:
             assert send(sqs)["MessageId"]
-            assert [r.path for r in endpoint.requests] == ["http://aws.test:8/"]
+            assert [r.path for r in endpoint.requests] == ["http://127.0.0.1:8/"]
         else:
             assert cause(sqs) == "EndpointConnectionError"
             assert not endpoint.requests
@@ -352,28 +334,13 @@ def test_call_over_tls_goes_through_the_proxy(
         assert [r.path for r in proxy.requests] == ["localhost:8", "/"]
 
 
-@pytest.fixture(params=["service", "STS"])
-def caller(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose call fails: the service's own, or botocore's for the credentials of a role."""
-    if request.param == "STS":
-        (tmp_path / "identity").write_text("of the service account")
-        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-        monkeypatch.setenv("AWS_ROLE_ARN", ROLE_ARN)
-        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "identity"))
-
-
-@pytest.mark.usefixtures("caller")
 @pytest.mark.parametrize(
     "proxy",
     [
-        "http://user:s3cr3t@127.0.0.1:9",
         "user:s3cr3t@127.0.0.1:9",
-        "http://user:s3cr3t@proxy.invalid:3128",
-        "https://user:s3cr3t@localhost:TLS_PORT",  # not trusted
+        "http://user:/s3cr3t@localhost:9",
         "http://user:s3cr3t@localhost:TLS_PORT",  # closes the connection
         "http://user:s3cr3t@localhost:PORT",  # responds with 407
-        "http://user:/s3cr3t@localhost:9",
-        "http://user:s3c r3t@localhost:9",
     ],
 )
 def test_failing_proxy_is_named_without_its_password(
@@ -381,13 +348,15 @@ def test_failing_proxy_is_named_without_its_password(
 ) -> None:
     with Endpoint(make_certificate(tmp_path)) as with_tls, Endpoint() as rejecting:
         rejecting.status = 407
-        proxy = proxy.replace("TLS_PORT", str(with_tls.server_port))
-        monkeypatch.setenv("HTTPS_PROXY", proxy.replace("PORT", str(rejecting.server_port)))
-        error = failure(lambda: send(client()))
-    detail = app.detail_of(error)
-    assert ("407" in detail) == ("localhost:PORT" in proxy)
-    assert row_of(detail) == row_of("proxy URL")
-    assert "r3t" not in detail
+        url = proxy.replace("TLS_PORT", str(with_tls.server_port))
+        monkeypatch.setenv("HTTPS_PROXY", url.replace("PORT", str(rejecting.server_port)))
+        errors = [failure(lambda: send(client()))]
+        assume_role(monkeypatch, tmp_path)  # botocore calls STS
+        errors.append(failure(lambda: send(client())))
+    for detail in map(app.detail_of, errors):
+        assert ("407" in detail) == ("localhost:PORT" in proxy)
+        assert row_of(detail) == row_of("proxy URL")
+        assert "r3t" not in detail
 
 
 def test_proxy_that_rejects_a_call_without_tls_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,35 +381,22 @@ def test_failure_behind_a_proxy_is_not_the_proxys(
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-ERRORS = [
-    {"status": 500, "code": "InternalFailure"},
-    {"status": 403, "code": "AccessDeniedException", "message": "User: x is not authorized"},
-    {"status": 400, "code": "com.amazonaws.sqs#RequestThrottled"},
-]
+def test_errors_are_those_of_boto3(fake_aws: FakeAws) -> None:
+    def parts(error: Any) -> tuple[Any, ...]:
+        text = str(error).replace(" (reached max retries: 0)", "")
+        return text, error.response["Error"], error.response["ResponseMetadata"]["HTTPStatusCode"]
 
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: str(error["code"]))
-@pytest.mark.parametrize(
-    ("service", "method", "given"),
-    [
-        ("sqs", "send_message", {"QueueUrl": "q", **ENTRY}),
-        ("ssm", "get_parameters", {"Names": ["a"]}),
-    ],
-)
-def test_errors_are_those_of_boto3(
-    fake_aws: FakeAws, service: str, method: str, given: dict[str, Any], error: dict[str, Any]
-) -> None:
-    fake_aws.set(faults={"*": {"kind": "error", **error}})
-    boto = boto3_client(service)
-    seen = []
-    for each in (client(service), boto):
-        found = failure(partial(getattr(each, method), **given))
-        assert isinstance(found, ClientError)
-        status = found.response["ResponseMetadata"]["HTTPStatusCode"]
-        text = str(found).replace(" (reached max retries: 0)", "")
-        seen.append((text, found.response["Error"], status))
-    boto.close()
-    assert seen[0] == seen[1]
+    for error in (
+        {"status": 500, "code": "InternalFailure"},
+        {"status": 403, "code": "AccessDeniedException", "message": "User: x is not authorized"},
+        {"status": 400, "code": "com.amazonaws.sqs#RequestThrottled"},
+    ):
+        fake_aws.set(faults={"*": {"kind": "error", **error}})
+        for service, call in {"sqs": send, "ssm": read}.items():
+            boto = boto3_client(service)
+            expected = parts(failure(partial(call, boto)))
+            boto.close()
+            assert parts(failure(partial(call, client(service)))) == expected
 
 
 def test_log_has_only_the_first_line_of_an_error() -> None:
@@ -456,32 +412,26 @@ def test_missing_queue_has_its_older_code() -> None:
     assert app.is_about_the_queue(error)
 
 
-@pytest.mark.parametrize(
-    ("code", "status", "temporary"),
-    [
+def test_server_errors_and_throttling_in_any_spelling_are_temporary() -> None:
+    for code, status, temporary in [
         ("ThrottlingException", 400, True),
         ("RequestThrottled", 400, True),
         ("RequestLimitExceeded", 400, True),
         ("TooManyRequestsException", 400, True),
         ("SlowDown", 400, True),
+        ("RequestTimeout", 400, True),
+        ("PriorRequestNotComplete", 400, True),
         ("Unknown", 429, True),
         ("InternalFailure", 500, True),
         ("AccessDenied", 403, False),
         ("InvalidParameterValue", 400, False),
-    ],
-)
-def test_throttling_in_any_spelling_is_temporary(code: str, status: int, temporary: bool) -> None:
-    response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    assert app.is_temporary(ClientError(response, "SendMessage")) is temporary
+    ]:
+        response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        assert app.is_temporary(ClientError(response, "SendMessage")) is temporary, code
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("lost_response", "ConnectionClosedError"),
-        ("huge", "ConnectionClosedError"),
-        ("garbage", "JSONDecodeError"),
-    ],
+    ("kind", "name"), [("huge", "ConnectionClosedError"), ("garbage", "JSONDecodeError")]
 )
 def test_malformed_response_has_its_cause(fake_aws: FakeAws, kind: str, name: str) -> None:
     fake_aws.set(faults={"*": {"kind": kind}})
@@ -505,21 +455,12 @@ def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
     assert send(sqs.within(LONG))["MessageId"]  # on the same handle
 
 
-class LateCurl:
+class LateCurl(app.pycurl.Curl):  # type: ignore[misc]
     """libcurl may report a timeout after it has received the complete response."""
 
-    def __init__(self) -> None:
-        self._curl = pycurl_curl()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._curl, name)
-
     def perform(self) -> None:
-        self._curl.perform()
+        super().perform()
         raise app.pycurl.error(app.pycurl.E_OPERATION_TIMEDOUT, "Operation timed out")
-
-
-pycurl_curl = app.pycurl.Curl
 
 
 def test_complete_response_counts_though_libcurl_reports_a_timeout(
@@ -530,6 +471,7 @@ def test_complete_response_counts_though_libcurl_reports_a_timeout(
 
 
 def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.monotonic()
     with ExitStack() as stack:
         full = stack.enter_context(socket.socket())
         full.bind(("127.0.0.1", 0))
@@ -540,6 +482,7 @@ def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPat
             filler.connect_ex(full.getsockname())
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{full.getsockname()[1]}")
         assert cause(client()) == "ConnectTimeoutError"
+    assert time.monotonic() - begin < LONG
 
 
 def test_message_is_sent_once_when_its_connection_dies(fake_aws: FakeAws) -> None:
@@ -550,18 +493,15 @@ def test_message_is_sent_once_when_its_connection_dies(fake_aws: FakeAws) -> Non
     assert fake_aws.calls("SendMessage") == 2
 
 
-def test_read_is_tried_again_when_its_connection_dies(fake_aws: FakeAws) -> None:
-    fake_aws.set(faults={"*": {"kind": "reset"}})
-    failure(lambda: client("ssm").get_parameters(Names=[PARAMETER]))
-    assert fake_aws.calls("GetParameters") == 2
-
-
-def test_connections_closed_while_idle_cost_no_message(fake_aws: FakeAws) -> None:
-    fake_aws.set(faults={"SQS": {"kind": "close"}})
-    service = app.create_app(app.Settings(sqs_queue_url=fake_aws.queue_url)).test_client()
-    for _ in range(5):
-        assert service.post("/process", json=json.loads(BODY)).status_code == 200
-        time.sleep(0.1)  # the fake closes the connection after 0.05 s
+def test_read_is_tried_again_after_a_temporary_failure(fake_aws: FakeAws) -> None:
+    for fault, calls in [
+        ({"kind": "reset"}, 2),
+        ({"kind": "error", "status": 400, "code": "AccessDeniedException"}, 1),
+    ]:
+        fake_aws.forget()
+        fake_aws.set(faults={"*": fault})
+        failure(lambda: read(client("ssm")))
+        assert fake_aws.calls("GetParameters") == calls, fault
 
 
 def test_connection_is_kept_and_made_at_the_first_call(endpoint: Endpoint) -> None:
@@ -572,34 +512,23 @@ def test_connection_is_kept_and_made_at_the_first_call(endpoint: Endpoint) -> No
     assert len({request.client for request in endpoint.requests}) == 1
 
 
-def test_calls_take_no_more_memory_or_files(fake_aws: FakeAws) -> None:
-    sqs = client()
-
-    def calls(count: int) -> None:
-        for _ in range(count):
-            with suppress(Exception):
-                send(sqs)
-
-    for kind in ("reset", "garbage", "error"):
-        fake_aws.set(faults={"*": {"kind": kind, "share": 0.5, "status": 500, "code": "x"}})
-        calls(100)
-    files = len(os.listdir("/proc/self/fd"))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    calls(2000)
-    assert len(os.listdir("/proc/self/fd")) <= files + 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= memory + 8192  # kB
-
-
 # --- Credentials ----------------------------------------------------------------------------------
 
 
 ROLE_ARN = "arn:aws:iam::000000000000:role/email-processor-role"
 
 
+def assume_role(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Set the variables that EKS gives a pod, instead of keys."""
+    (folder / "identity").write_text("of the service account")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setenv("AWS_ROLE_ARN", ROLE_ARN)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "identity"))
+
+
 @pytest.fixture
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
 
 
 class HeldPause:
@@ -640,19 +569,8 @@ class Process:
 
 
 @pytest.mark.usefixtures("no_keys")
-@pytest.mark.parametrize(
-    "code",
-    [
-        "ExpiredToken",
-        "ExpiredTokenException",
-        "InvalidAccessKeyId",
-        "InvalidClientTokenId",
-        "SignatureDoesNotMatch",
-        "UnrecognizedClientException",
-    ],
-)
 def test_credentials_are_searched_for_until_aws_accepts_them(
-    endpoint: Endpoint, tmp_path: Path, code: str
+    endpoint: Endpoint, tmp_path: Path
 ) -> None:
     process = Process(tmp_path)
 
@@ -662,21 +580,28 @@ def test_credentials_are_searched_for_until_aws_accepts_them(
         return str(re.findall("Credential=(\\w+)/", authorization)[0])
 
     assert cause(process.sqs) == "CredentialRetrievalError"
-    process.print("first")
+    process.print("key")
     process.pause.end()
-    assert used() == "first"
+    known = used()
     runs = process.count()
-    process.print("second")
-    endpoint.rejected = ("first", "AccessDeniedException")
+    endpoint.rejected = (known, "AccessDeniedException")
     assert cause(process.sqs) == "AccessDeniedException"
     process.pause.end()
     assert process.count() == runs, "a permission is missing; the credentials are valid"
-    endpoint.rejected = ("first", code)
-    assert cause(process.sqs) == code
-    for _ in range(2):
+    for code in (
+        "ExpiredToken",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "UnrecognizedClientException",
+    ):
+        process.print(f"after{code}")
+        endpoint.rejected = (known, code)
+        assert cause(process.sqs) == code
         process.pause.end()
-        assert used() == "second"
-    assert process.count() == runs + 1
+        known = used()
+        assert known == f"after{code}"
+    process.pause.end()
+    assert process.count() == runs + 4, "valid credentials are not searched for again"
 
 
 @pytest.mark.usefixtures("no_keys")
@@ -702,10 +627,11 @@ def test_search_that_hangs_delays_one_request(monkeypatch: pytest.MonkeyPatch) -
     searching = threading.Event()
     monkeypatch.setattr(app, "aws_session", lambda _: searching.wait(LONG))
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", 0.1)
-    credentials = app.Credentials(REGION)
+    credentials, begin = app.Credentials(REGION), time.monotonic()
     assert isinstance(failure(credentials.frozen), BotoCoreError)
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
-    assert isinstance(failure(credentials.frozen), BotoCoreError), "at once"
+    assert isinstance(failure(credentials.frozen), BotoCoreError)  # without a wait
+    assert time.monotonic() - begin < LONG
     searching.set()
 
 
@@ -747,102 +673,68 @@ def keys(**changes: Any) -> str:
     return f"credential_process = printf %s '{json.dumps({**given, **changes})}'"
 
 
-ROLE = f"role_arn = {ROLE_ARN}"
-SOURCE = f"{ROLE}\nsource_profile = b\n[profile b]"
-CHAIN = f"{SOURCE}\naws_access_key_id = a\naws_secret_access_key = a"
+SOURCE = f"role_arn = {ROLE_ARN}\nsource_profile = b\n[profile b]"
+SOURCE_KEYS = "aws_access_key_id = a\naws_secret_access_key = a"
+MFA = f"mfa_serial = arn:aws:iam::0:mfa/x\n{SOURCE}\n{SOURCE_KEYS}"
+LINE_END_IN_TOKEN = f"{SOURCE}\n{keys(SessionToken='s3cr3t' + chr(10))}"
+CLOSED_STS = {"AWS_ENDPOINT_URL_STS": "http://127.0.0.1:9"}
 URI, TOKEN = "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
 CONTAINER = {URI: "http://127.0.0.1/", TOKEN: "FILE"}
 IDENTITY = {"AWS_ROLE_ARN": ROLE_ARN, "AWS_WEB_IDENTITY_TOKEN_FILE": "FILE"}
-CLOSED_STS = {"AWS_ENDPOINT_URL_STS": "http://127.0.0.1:9"}
-MALFORMED_KEY = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "s3cr3t\n"}
-# Part of the cause, the default profile's configuration, variables, and the content of FILE.
+# A pattern of the cause, the default profile's configuration, variables, and the content of FILE.
 MISSING: list[tuple[str, str, dict[str, str], bytes]] = [
+    ("Unable to locate credentials", "", {}, b""),
     ("still expired", keys(Expiration="2020-01-01T00:00:00Z"), {}, b""),
-    ("offset-naive", keys(Expiration="2099-01-01T00:00:00"), {}, b""),
-    ("ParserError", keys(Expiration="s3cr3t"), {}, b""),
+    ("ParserError in", keys(Expiration="s3cr3t"), {}, b""),
     ("a key is empty", keys(SecretAccessKey="s3cr3t\n"), {}, b""),
-    ("boto3: TypeError", keys(SecretAccessKey=None), {}, b""),
     ("custom-process: Unsupported version for", keys(Version="s3cr3t"), {}, b""),
     ("status 3", "credential_process = sh -c 'echo s3cr3t >&2; exit 3'", {}, b""),
     ("boto3: JSONDecodeError", "credential_process = echo s3cr3t", {}, b""),
-    ("boto3: AttributeError", "credential_process = echo []", {}, b""),
     ("ValueError: No closing quotation", "credential_process = echo 's3cr3t", {}, b""),
-    ("[Errno 2]", "credential_process = /nowhere/tool s3cr3t", {}, b""),
-    ("mfa_serial", f"mfa_serial = arn:aws:iam::0:mfa/x\n{CHAIN}", {}, b""),
-    (
-        "ValueError in putheader",
-        f"{SOURCE}\n{keys(SessionToken='s3cr3t' + chr(10))}",
-        CLOSED_STS,
-        b"",
-    ),
+    ("Errno 2", "credential_process = /nowhere/tool s3cr3t", {}, b""),
+    ("mfa_serial", MFA, {}, b""),
+    ("ValueError in putheader", LINE_END_IN_TOKEN, CLOSED_STS, b""),
     ("Unsupported host 'example.com'", "", {URI: "http://user:s3cr3t@example.com"}, b""),
     ("legal header value", "", CONTAINER, b"s3cr3t\n"),
-    ("UnicodeDecodeError", "", CONTAINER, b"\xff"),
-    ("Parameter validation", "", IDENTITY, b""),
     ("UnicodeDecodeError", "", IDENTITY, b"s3cr3t\xff"),
-    ("a key is empty", "", MALFORMED_KEY, b""),
-    ("FOLDER/missing", "", {**IDENTITY, "AWS_WEB_IDENTITY_TOKEN_FILE": "FOLDER/missing"}, b""),
-    ("non 200 response 501 from container metadata", "", {URI: "ENDPOINT"}, b""),
+    ("non 200 response 501 from container metadata$", "", {URI: "ENDPOINT"}, b""),
 ]
 
 
 @pytest.mark.usefixtures("no_keys")
-@pytest.mark.parametrize(("part", "profile", "variables", "content"), MISSING)
+@pytest.mark.parametrize(("pattern", "profile", "variables", "content"), MISSING)
 def test_cause_of_missing_credentials_is_logged_without_a_secret(
     endpoint: Endpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-    part: str,
+    pattern: str,
     profile: str,
     variables: dict[str, str],
     content: bytes,
 ) -> None:
     (tmp_path / "config").write_text(f"[default]\n{profile}\n")
     (tmp_path / "file").write_bytes(content)
-    places = {"FILE": tmp_path / "file", "FOLDER": tmp_path, "ENDPOINT": endpoint.url}
+    places = {"FILE": str(tmp_path / "file"), "ENDPOINT": endpoint.url}
     for name, value in variables.items():
-        for place, path in places.items():
-            value = value.replace(place, str(path))
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, places.get(value, value))
     detail = app.detail_of(failure(app.Credentials(REGION).frozen))
-    assert part.replace("FOLDER", str(tmp_path)) in detail
+    assert re.search(pattern, detail)
     assert "s3cr3t" not in detail
     assert row_of(detail) is not None, "the runbook has no entry"
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("no_keys")
 @pytest.mark.parametrize(
-    ("profile", "region", "host"),
-    [
-        ("", "us-west-1", "sts.us-west-1.amazonaws.com"),
-        ("", "cn-north-1", "sts.cn-north-1.amazonaws.com.cn"),
-        ("", "us-gov-west-1", "sts.us-gov-west-1.amazonaws.com"),
-        ("region = eu-west-1", "ap-east-1", "sts.ap-east-1.amazonaws.com"),
-        (CHAIN, "ap-east-1", "sts.ap-east-1.amazonaws.com"),
-        (
-            f"{SOURCE}\n{ROLE}\nweb_identity_token_file = FILE",
-            "ap-east-1",
-            "sts.ap-east-1.amazonaws.com",
-        ),
-    ],
+    ("profile", "region"), [("", "us-west-1"), ("region = eu-west-1", "ap-east-1")]
 )
 def test_role_is_assumed_in_the_services_region(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, region: str, host: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, region: str
 ) -> None:
-    identity = tmp_path / "identity"
-    identity.write_text("of the service account")
-    (tmp_path / "config").write_text(f"[default]\n{profile.replace('FILE', str(identity))}\n")
-    monkeypatch.setenv("AWS_REGION", region)
-    if ROLE not in profile:  # the variables that EKS gives a pod
-        monkeypatch.setenv("AWS_ROLE_ARN", ROLE_ARN)
-        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(identity))
-        monkeypatch.setenv("AWS_STS_REGIONAL_ENDPOINTS", "regional")
-    settings = app.Settings.from_environ({**os.environ, "SQS_QUEUE_URL": "https://sqs/1/queue"})
+    (tmp_path / "config").write_text(f"[default]\n{profile}\n")
+    assume_role(monkeypatch, tmp_path)
     with Endpoint() as proxy:
         proxy.status = 407
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        assert app.create_app(settings).test_client().get("/ready").status_code == 503
-        eventually(lambda: proxy.requests)
-    assert {request.path for request in proxy.requests} == {f"{host}:443"}
+        failure(app.Credentials(region).frozen)
+    assert {request.path for request in proxy.requests} == {f"sts.{region}.amazonaws.com:443"}
