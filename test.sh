@@ -90,7 +90,7 @@ check() {
     echo "ok    $number/9 $1: $outcome"
   else
     failed=$((failed + 1))
-    echo "FAIL  $number/9 $1: expected $2, came ${outcome:-"no answer: $reason"}"
+    echo "FAIL  $number/9 $1: expected $2, got ${outcome:-"no response: $reason"}"
   fi
 }
 
@@ -119,7 +119,7 @@ find_token
 
 send "$url/health"
 [ -n "$outcome" ] ||
-  die "No answer from $url: $reason. Start the service with ./setup-local.sh run, or give its URL."
+  die "No response from $url: $reason. Start the service with ./setup-local.sh run, or give its URL."
 check "health" "200 healthy"
 
 good='"email_subject": "test.sh: please ignore", "email_sender": "John doe"'

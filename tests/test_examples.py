@@ -12,11 +12,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from client import DATA
 from fake_aws import TOKEN, FakeAws
-from service import WAIT, ServiceProcess, clean_environment, eventually
+from service import WAIT, ServiceProcess, StartService, clean_environment
 from test_documentation import page, section
 
 
@@ -32,11 +33,6 @@ TOOLS = {
     "javascript": ("node", "node", "mjs"),
 }
 INSTALLED = [language for language, (tool, *_) in TOOLS.items() if shutil.which(tool)]
-NEEDS = {
-    language: pytest.mark.skipif(language not in INSTALLED, reason=f"{tool} is not installed")
-    for language, (tool, *_) in TOOLS.items()
-}
-LANGUAGES = [pytest.param(language, marks=mark) for language, mark in NEEDS.items()]
 
 
 def start(language: str, code: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
@@ -64,33 +60,21 @@ def end(client: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def service(
-    fake_aws_process: FakeAws, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[ServiceProcess, dict[str, str]]]:
-    """A service on the fake AWS, and the variables that lead a client to it."""
-    folder = tmp_path_factory.mktemp("service") / "tmp"
-    with ServiceProcess(
-        folder, {**fake_aws_process.variables(), "GUNICORN_WORKERS": "1"}
-    ) as running:
-        url = f"http://127.0.0.1:{running.port}"
-        yield running, {"API_URL": url, "API_TOKEN": TOKEN}
+def service(start_service: StartService) -> Iterator[ServiceProcess]:
+    with start_service(GUNICORN_WORKERS="1") as running:
+        yield running
 
 
-def requests_with(service: ServiceProcess, outcome: str) -> int:
-    metrics = service.get("/metrics").body.decode()
-    found = re.search(
-        rf'^email_processor_requests_total{{outcome="{outcome}"}} (\d+)', metrics, re.M
-    )
-    assert found
-    return int(found[1])
+def variables_for(service: ServiceProcess) -> dict[str, str]:
+    return {"API_URL": f"http://127.0.0.1:{service.port}", "API_TOKEN": TOKEN}
 
 
-@NEEDS["bash"]
+@pytest.mark.skipif("bash" not in INSTALLED, reason="curl is not installed")
 def test_first_command_queues_the_message_that_it_shows(
-    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
+    service: ServiceProcess, fake_aws: FakeAws, tmp_path: Path
 ) -> None:
-    url = service[1]["API_URL"]
-    code = code_blocks(section("POST /process"))["bash"].replace("http://localhost:8080", url)
+    command = code_blocks(section("POST /process"))["bash"]
+    code = command.replace("http://localhost:8080", variables_for(service)["API_URL"])
     status, output = end(start("bash", code, tmp_path / "client"))
     assert status == 0, output
     (message,) = fake_aws.messages()
@@ -98,77 +82,56 @@ def test_first_command_queues_the_message_that_it_shows(
     assert json.loads(message["body"]) == DATA
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_client_queues_its_message(
-    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
+@pytest.mark.parametrize("language", TOOLS)
+def test_client_queues_its_message_and_shows_the_error_of_a_field(
+    language: str, service: ServiceProcess, fake_aws: FakeAws, tmp_path: Path
 ) -> None:
-    status, output = end(start(language, CLIENTS[language], tmp_path / "client", **service[1]))
+    if language not in INSTALLED:
+        pytest.skip(f"{TOOLS[language][0]} is not installed")
+    variables, code = variables_for(service), CLIENTS[language]
+    rejected = 'email_processor_requests_total{outcome="invalid_data"}'
+    before = service.metrics()[rejected]
+
+    status, output = end(start(language, code, tmp_path / "valid", **variables))
     assert status == 0, output
     (message,) = fake_aws.messages()
     assert message["message_id"] in output
     assert message["attributes"]["IdempotencyKey"] == "order-1843"
     assert json.loads(message["body"]).keys() == DATA.keys()
 
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_client_shows_the_errors_of_its_fields(
-    language: str, service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
-) -> None:
-    running, variables = service
-    before = requests_with(running, "invalid_data")
-    code = CLIENTS[language].replace('"John doe"', '""')
-    status, output = end(start(language, code, tmp_path / "client", **variables))
+    code = code.replace('"John doe"', '""')
+    status, output = end(start(language, code, tmp_path / "invalid", **variables))
     assert status != 0
     assert '"errors": [{"field": "email_sender", "message": "email_sender is empty"}]' in output
-    assert requests_with(running, "invalid_data") == before + 1
-    assert fake_aws.messages() == []
+    assert service.metrics()[rejected] == before + 1, "sent again"
 
 
-@pytest.mark.slow
-def test_clients_outlast_an_unavailable_queue(
-    service: tuple[ServiceProcess, dict[str, str]], fake_aws: FakeAws, tmp_path: Path
-) -> None:
-    running, variables = service
-    rejected = requests_with(running, "queue_unavailable") + len(INSTALLED)
-    fake_aws.set(faults={"SQS": {"kind": "error", "status": 503, "code": "ServiceUnavailable"}})
-    clients = [start(name, CLIENTS[name], tmp_path / name, **variables) for name in INSTALLED]
-    try:
-        eventually(lambda: requests_with(running, "queue_unavailable") >= rejected)
-    finally:
-        fake_aws.set(faults={})
-        ends = [end(client) for client in clients]
-    assert [status for status, _ in ends] == [0] * len(clients), ends
-    queued = {message["message_id"] for message in fake_aws.messages()}
-    assert len(queued) == len(clients)
-    assert all(any(queued_id in output for queued_id in queued) for _, output in ends)
+SOON = {"Retry-After": "1"}
+RESPONSES = {
+    "recovers": [
+        (502, {}, "<html><body>502 Bad Gateway</body></html>"),
+        (0, {}, ""),
+        (503, SOON, '{"status": "error", "error": "queue_unavailable"}'),
+        (429, SOON, '{"status": "error", "message": "Too many requests."}'),
+        (200, {}, '{"status": "success", "message": "queued", "message_id": "id-1"}'),
+    ],
+    "stays-down": [
+        (408, SOON, '{"status": "error", "error": "request_timeout"}'),
+        *[(504, SOON, "<html><body>504 Gateway Time-out</body></html>")] * 9,
+    ],
+}
 
 
-# --- Responses of the load balancer ---------------------------------------------------------------
+class Balancer(http.server.BaseHTTPRequestHandler):
+    """Sends the responses of RESPONSES in turn; each client has a separate path."""
 
-
-class Balancer(http.server.ThreadingHTTPServer):
-    """Gives each path's responses in turn; repeats the last."""
-
-    daemon_threads = True
-
-    def __init__(self, responses: dict[str, list[tuple[int, dict[str, str], str]]]) -> None:
-        super().__init__(("127.0.0.1", 0), BalancerHandler)
-        self.responses = responses
-        self.requests: dict[str, list[tuple[str | None, bytes]]] = defaultdict(list)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore clients that close their connection."""
-
-
-class BalancerHandler(http.server.BaseHTTPRequestHandler):
-    server: Balancer
+    requests: ClassVar[dict[str, list[tuple[str | None, bytes]]]] = defaultdict(list)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        requests = self.server.requests[self.path]
+        requests = self.requests[self.path]
+        status, headers, text = RESPONSES[self.path.split("/")[1]][len(requests)]
         requests.append((self.headers["Idempotency-Key"], body))
-        responses = self.server.responses[self.path]
-        status, headers, text = responses[min(len(requests), len(responses)) - 1]
         if not status:  # the connection closes without a response
             self.close_connection = True
             return
@@ -178,44 +141,26 @@ class BalancerHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-SOON = {"Retry-After": "1"}
-RECOVERS = [
-    (502, {}, "<html><body>502 Bad Gateway</body></html>"),
-    (0, {}, ""),
-    (408, SOON, '{"status": "error", "error": "request_timeout"}'),
-    (429, SOON, '{"status": "error", "message": "Too many requests."}'),
-    (200, {}, '{"status": "success", "message": "queued", "message_id": "id-1"}'),
-]
-STAYS_DOWN = [(504, SOON, "<html><body>504 Gateway Time-out</body></html>")]
-
 
 @pytest.mark.slow
 def test_clients_send_a_request_five_times_at_most(tmp_path: Path) -> None:
-    kinds = {"recovers": RECOVERS, "stays-down": STAYS_DOWN}
-    ways = [(kind, language) for kind in kinds for language in INSTALLED]
-    balancer = Balancer({f"/{kind}/{name}/process": kinds[kind] for kind, name in ways})
-    thread = threading.Thread(target=balancer.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        clients = {}
-        for kind, name in ways:
-            url = f"http://127.0.0.1:{balancer.server_port}/{kind}/{name}"
-            variables = {"API_URL": url, "API_TOKEN": TOKEN}
-            clients[kind, name] = start(name, CLIENTS[name], tmp_path / kind / name, **variables)
-        ends = {way: end(client) for way, client in clients.items()}
-    finally:
-        balancer.shutdown()
-        balancer.server_close()
-        thread.join()
-    for (kind, name), (status, output) in ends.items():
+    ways = [(kind, language) for kind in RESPONSES for language in INSTALLED]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Balancer) as balancer:
+        threading.Thread(target=balancer.serve_forever, args=(0.05,)).start()
+        try:
+            clients = []
+            for kind, name in ways:
+                url = f"http://127.0.0.1:{balancer.server_port}/{kind}/{name}"
+                variables = {"API_URL": url, "API_TOKEN": TOKEN}
+                clients.append(start(name, CLIENTS[name], tmp_path / kind / name, **variables))
+            ends = [end(client) for client in clients]
+        finally:
+            balancer.shutdown()
+    for (kind, name), (status, output) in zip(ways, ends, strict=True):
         recovers = kind == "recovers"
         assert (status == 0) is recovers, (name, output)
         assert ("id-1" if recovers else "Gateway Time-out") in output
-        requests = balancer.requests[f"/{kind}/{name}/process"]
+        requests = Balancer.requests[f"/{kind}/{name}/process"]
         assert len(requests) == 5, name
         assert len(set(requests)) == 1
         assert requests[0][0] == "order-1843"
