@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import select
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +102,10 @@ class Client:
 
     def trickle(self, part: bytes) -> Client:
         """Send `part` every 0.1 s until a response begins, or the connection ends."""
-        self.sock.settimeout(0.1)
         end = time.monotonic() + WAIT
-        while time.monotonic() < end:
-            try:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            while not select.select([self.sock], [], [], 0.1)[0] and time.monotonic() < end:
                 self.sock.sendall(part)
-                self.sock.recv(1, socket.MSG_PEEK)
-                break
-            except TimeoutError:
-                continue
-            except (BrokenPipeError, ConnectionResetError):
-                break
-        self.sock.settimeout(WAIT)
         return self
 
     def is_continued(self) -> bool:

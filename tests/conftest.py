@@ -19,7 +19,6 @@ pytest.register_assert_rewrite("client", "load", "service")
 
 from client import Client  # noqa: E402
 from fake_aws import PARAMETER, TOKEN, FakeAws  # noqa: E402
-from name_server import NameServer  # noqa: E402
 from service import ServiceProcess, StartService  # noqa: E402
 
 import app  # noqa: E402 - the path comes first
@@ -96,14 +95,6 @@ def client(service: ServiceProcess) -> Iterator[Client]:
 
 
 @pytest.fixture
-def name_server(tmp_path: Path) -> Iterator[NameServer]:
-    """The only name server of a service that is started with `name_server.command`."""
-    server = NameServer(tmp_path)
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether --full asks for the long form of a test."""
     return bool(request.config.getoption("--full"))
@@ -121,13 +112,6 @@ def figures(record_property: Callable[[str, object], None]) -> Callable[..., Non
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the failure modes in their long form")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--full"):
-        long = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

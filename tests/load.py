@@ -10,7 +10,6 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
-from typing import Any
 
 from client import BODY, WAIT
 from fake_aws import FakeAws
@@ -23,7 +22,6 @@ _numbers = itertools.count()
 class Failure:
     """A request without a complete response."""
 
-    error: str
     first: bool  # on its connection: it may never have left the listener's backlog
     part: bytes  # of a response
 
@@ -46,7 +44,6 @@ class Load:
     acknowledged: dict[str, str] = field(default_factory=dict)  # request id -> message id
     failures: list[Failure] = field(default_factory=list)
     responses: list[tuple[float, float, int]] = field(default_factory=list)  # end, seconds, status
-    retry_after: Counter[str] = field(default_factory=Counter)  # the header of 503 responses
 
     def __enter__(self) -> Load:
         self._stopped, self._lock = False, threading.Lock()
@@ -62,11 +59,8 @@ class Load:
         self._stopped = True
         self.wait()
 
-    def wait(self, seconds: float = 300) -> None:
-        end = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0, end - time.monotonic()))
-            assert not thread.is_alive(), "a client waits for ever"
+    def wait(self) -> None:
+        eventually(lambda: not any(thread.is_alive() for thread in self._threads), seconds=300)
 
     def wait_for(self, number: int, status: int = 200) -> None:
         """Wait until the clients have got as many more responses with the status."""
@@ -104,23 +98,14 @@ class Load:
             except (OSError, HTTPException, ValueError) as error:
                 # A ConnectionError comes before the first byte of a response.
                 part = b"" if isinstance(error, ConnectionError) else repr(error).encode()
-                self.failures.append(Failure(type(error).__name__, first, part))
+                self.failures.append(Failure(first, part))
                 return
-            retry_after = response.headers.get("Retry-After", "none")
-            self._record(request_id, response.status, retry_after, body, begin)
-            first = False
-
-    def _record(
-        self, request_id: str, status: int, retry_after: str, body: Any, begin: float
-    ) -> None:
-        now = time.monotonic()
-        with self._lock:
-            self.statuses[status] += 1
-            self.responses.append((now, now - begin, status))
-            if status == 200:
-                self.acknowledged[request_id] = body["message_id"]
-            elif status == 503:
-                self.retry_after[retry_after] += 1
+            first, now = False, time.monotonic()
+            with self._lock:
+                self.statuses[response.status] += 1
+                self.responses.append((now, now - begin, response.status))
+                if response.status == 200:
+                    self.acknowledged[request_id] = body["message_id"]
 
 
 @dataclass

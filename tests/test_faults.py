@@ -2,7 +2,7 @@
 
 Each test takes seconds; `--full` runs its long form. The figures are printed at the end of the run;
 docs/reliability.md has those of a full one. No verdict depends on the speed of a machine: each step
-waits for the one before.
+waits for the previous step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 ONE_WORKER = {"GUNICORN_WORKERS": "1"}
 SHORT_CACHE = {"TOKEN_CACHE_SECONDS": "1"}
-CALL_TIMEOUT = 3.0  # seconds, of a call of AWS; /health waits for none
+CALL_TIMEOUT = 3.0  # seconds
 TOKEN_READ = "email_processor_token_read_timestamp_seconds"
 NEW_TOKEN = "the new token"
 Figures = Callable[..., None]
@@ -83,6 +83,7 @@ def seconds_of_health(service: ServiceProcess, times: int = 1) -> float:
         begin = time.monotonic()
         assert service.get("/health").status == 200
         longest = max(longest, time.monotonic() - begin)
+    assert longest < CALL_TIMEOUT, "/health waits for a call of AWS"
     return longest
 
 
@@ -100,33 +101,22 @@ def test_every_message_is_queued_while_aws_works(
     assert report.acknowledged == report.in_queue == load.sent
 
 
-@pytest.mark.parametrize(
-    ("share", "served", "status", "code"),
-    [
+def test_sqs_that_fails_a_share_of_calls_loses_no_message(
+    service: ServiceProcess, fake_aws: FakeAws, check_load: Check, full: bool
+) -> None:
+    for share, served, status, code in (
         (0.1, 0.998, 500, "InternalFailure"),
         (0.3, 0.97, 400, "ThrottlingException"),
-        pytest.param(0.3, 0.97, 500, "InternalFailure", marks=pytest.mark.full),
-        pytest.param(0.1, 0.998, 400, "ThrottlingException", marks=pytest.mark.full),
-    ],
-)
-def test_sqs_that_fails_a_share_of_calls_loses_no_message(
-    service: ServiceProcess,
-    fake_aws: FakeAws,
-    check_load: Check,
-    full: bool,
-    share: float,
-    served: float,
-    status: int,
-    code: str,
-) -> None:
-    fault = {"kind": "error", "status": status, "code": code, "share": share}
-    fake_aws.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
-    with Load(service.port, requests=20_000 if full else 400) as load:
-        load.wait()
-    title = f"{share:.0%} of SQS calls fail with {status} {code}"
-    report = check_load(title, load, statuses={200, 503})
-    assert report.statuses[200] / load.sent >= served - (0 if full else 0.05)  # by chance
-    assert not report.twice
+    ):
+        fake_aws.forget()
+        fault = {"kind": "error", "status": status, "code": code, "share": share}
+        fake_aws.set(faults={"SendMessage": fault, "SendMessageBatch": fault})
+        with Load(service.port, requests=20_000 if full else 400) as load:
+            load.wait()
+        title = f"{share:.0%} of SQS calls fail with {status} {code}"
+        report = check_load(title, load, statuses={200, 503})
+        assert report.statuses[200] / load.sent >= served - (0 if full else 0.05)  # by chance
+        assert not report.twice
 
 
 def test_failed_batch_entries_are_the_only_ones_to_fail(
@@ -150,31 +140,27 @@ def test_sqs_that_hangs_opens_the_circuit(
         # "for_good": lost connections stay silent, also when SQS is back.
         fake_aws.set(faults={"SQS": {"kind": "hang", "for_good": True}})
         eventually(fake_aws.hung)
-        health_at_the_onset = seconds_of_health(service)
+        onset = seconds_of_health(service)
         load.wait_for(64, 503)  # the first calls have timed out
         if full:
             time.sleep(20)
         calls, rejected, circuit_is_open = sends(fake_aws), load.statuses[503], time.monotonic()
         load.wait_for(1500, 503)
-        health_then = seconds_of_health(service)
-        end = time.monotonic()
+        health, end = seconds_of_health(service), time.monotonic()
         calls, rejected = sends(fake_aws) - calls, load.statuses[503] - rejected
         fake_aws.set(faults={"SQS": {"kind": "delay", "seconds": 0.3}})
-        slow = time.monotonic()
         load.wait_for(64)
-        served = time.monotonic() - slow
+        served = time.monotonic() - end
         fake_aws.set(faults={})
         eventually(lambda: {status for _, _, status in load.responses[-128:]} == {200})
     waited = max(s for at, s, _ in load.responses if circuit_is_open < at - s and at < end)
     notes = (
-        f"/health after {health_at_the_onset:.1f} s at the onset, then {health_then:.1f} s; then "
-        f"503 within {waited:.2f} s, {rejected} of them with {calls} calls; with 0.3 s a call 64 "
-        f"served after {served:.1f} s"
+        f"/health after {onset:.1f} s at the onset, then {health:.1f} s; then 503 within "
+        f"{waited:.2f} s, {rejected} of them with {calls} calls; with 0.3 s a call 64 served after "
+        f"{served:.1f} s"
     )
     check_load("SQS hangs", load, statuses={200, 503}, notes=notes)
-    assert health_at_the_onset < CALL_TIMEOUT
     assert rejected > 12 * calls, "that many calls of ten messages would carry them all"
-    assert all(int(seconds) > 0 for seconds in load.retry_after)
 
 
 def test_single_calls_that_hang_delay_no_other_message(
@@ -228,12 +214,13 @@ def test_sqs_that_fails_for_a_while_loses_no_message(
 
 
 def test_silent_name_servers_open_the_circuit(
-    start_service: StartService, fake_aws: FakeAws, name_server: NameServer, check_load: Check
+    start_service: StartService, fake_aws: FakeAws, check_load: Check, tmp_path: Path
 ) -> None:
+    name_server = NameServer(tmp_path)
     endpoint = f"http://aws.email-processor.test:{fake_aws.url.rpartition(':')[2]}"
     service = start_service(AWS_ENDPOINT_URL=endpoint)
     service.command = [*name_server.command, *service.command]
-    with service, Load(service.port) as load:
+    with name_server, service, Load(service.port) as load:
         load.wait_for(64)
         name_server.silent = True
         fake_aws.set(faults={"*": {"kind": "reset"}})  # so that new connections must be made
@@ -251,7 +238,6 @@ def test_silent_name_servers_open_the_circuit(
         served = time.monotonic() - back
     notes = f"first 503 after {first:.1f} s, /health {health:.1f} s; 64 served {served:.1f} s later"
     check_load("name servers silent", load, statuses={200, 503}, notes=notes)
-    assert health < CALL_TIMEOUT
 
 
 def test_queue_that_hangs_at_the_start_is_503_for_all(
@@ -312,7 +298,7 @@ def test_last_known_token_works_while_ssm_is_down(
 ) -> None:
     """Each fault lasts until the cache has expired, and the worker has tried to read again."""
     with start_service(**ONE_WORKER, **SHORT_CACHE) as service:
-        eventually(lambda: fake_aws.calls("GetParameters") == 1)
+        eventually(lambda: fake_aws.calls("GetParameters") >= 1)
         for name, fault in list(SSM_FAULTS.items())[: None if full else 2]:
             fake_aws.set(faults={"SSM": fault})
             fake_aws.forget()
@@ -346,14 +332,13 @@ def test_missing_credentials_are_503_in_time(
         fake_aws.set(faults={})
         eventually(lambda: service.request(post()).status == 200)
     figures("STS hangs", f"503 after {seconds:.1f} s, /health after {health:.2f} s")
-    assert health < CALL_TIMEOUT
 
 
 def test_rotated_token_works_at_once(
     start_service: StartService, fake_aws: FakeAws, figures: Figures
 ) -> None:
     with start_service(**SHORT_CACHE) as service:
-        eventually(lambda: fake_aws.calls("GetParameters") == 4)
+        eventually(lambda: fake_aws.calls("GetParameters") >= 4)
         time.sleep(1.2)  # a worker reads at most once a second
         fake_aws.set(parameters={PARAMETER: NEW_TOKEN})
         rotated = time.monotonic()
@@ -429,7 +414,6 @@ def test_hundreds_of_stalled_bodies_delay_no_other_client(
         assert select.select([client.sock for client in stalled], [], [], 0)[0] == []
     notes = f"/health within {health:.2f} s"
     check_load(f"{number * len(STALLED)} stalled bodies", others, statuses={200}, notes=notes)
-    assert health < CALL_TIMEOUT
 
 
 def test_overload_loses_no_message_and_delays_no_probe(
@@ -444,7 +428,6 @@ def test_overload_loses_no_message_and_delays_no_probe(
     notes = f"/health within {health:.2f} s beside {clients} clients"
     report = check_load("overload", load, statuses={200, 503}, notes=notes)
     assert report.in_queue == report.acknowledged
-    assert health < CALL_TIMEOUT
 
 
 def test_slow_readers_hold_no_thread_and_are_closed(
@@ -494,9 +477,7 @@ def test_sigterm_under_load_serves_every_accepted_request(
     assert all(failure.first and failure.part == b"" for failure in failures)
 
 
-REQUESTS = "email_processor_requests_total"
-SUCCESS, INVALID_TOKEN = (f'{REQUESTS}{{outcome="{o}"}}' for o in ("success", "invalid_token"))
-DURATIONS = "email_processor_request_duration_seconds_count"
+RESPONSES = "email_processor_request_duration_seconds_count"  # of POST /process
 MESSAGES = "email_processor_sqs_batch_size_sum"
 
 
@@ -506,7 +487,7 @@ def test_killed_workers_lose_no_message_and_no_count(
     """Every response that a client got is counted. A request in flight in a killed worker may be
     counted or not.
     """
-    kills, scrapes, failed_scrapes = 10 if full else 3, [service.metrics()], 0
+    kills, scrapes = 10 if full else 3, [service.metrics()]
     with (
         Load(service.port, clients=32) as right,
         Load(service.port, clients=4, body=body_with("wrong")) as wrong,
@@ -516,27 +497,15 @@ def test_killed_workers_lose_no_message_and_no_count(
             # The newest worker twice, so that its predecessor's counts must stay; then the oldest.
             victim = service.workers()[0 if number % 3 == 2 else -1]
             kill(victim)
-            try:
+            with suppress(OSError, AssertionError):  # a connection of the killed worker
                 scrapes.append(service.metrics())
-            except (OSError, AssertionError):  # a connection of the killed worker
-                failed_scrapes += 1
             eventually(lambda v=victim: len({*service.workers()} - {v}) == 4)
             scrapes.append(service.metrics())
         right.wait_for(64)
     scrapes.append(service.metrics())
     report = LoadReport.of(fake_aws, right)
-    ok, denied = right.statuses[200], wrong.statuses[401]
-    ok_failed, denied_failed = len(right.failures), len(wrong.failures)
-    bounds = {  # responses that clients got, and requests without a response
-        SUCCESS: (
-            ok + len(scrapes) - 1,
-            ok_failed + failed_scrapes,
-        ),  # the last counts itself later
-        INVALID_TOKEN: (denied, denied_failed),
-        DURATIONS: (ok + denied, ok_failed + denied_failed),
-        MESSAGES: (ok, ok_failed),
-    }
-    counted = {name: scrapes[-1][name] - scrapes[0][name] for name in bounds}
+    ok, denied, failures = right.statuses[200], wrong.statuses[401], len(right.failures)
+    counted = {name: scrapes[-1][name] - scrapes[0][name] for name in (RESPONSES, MESSAGES)}
     decreased = [
         name
         for before, after in itertools.pairwise(scrapes)
@@ -546,14 +515,14 @@ def test_killed_workers_lose_no_message_and_no_count(
     figures(
         f"{kills} workers killed",
         report,
-        f"{ok:,} x 200 and {denied:,} x 401, {ok_failed + denied_failed} without a response, "
-        f"{counted[DURATIONS]:,.0f} counted",
+        f"{ok:,} x 200 and {denied:,} x 401, {failures + len(wrong.failures)} without a response, "
+        f"{counted[RESPONSES]:,.0f} counted",
     )
     assert not report.lost
     assert decreased == []
     assert set(right.statuses) | set(wrong.statuses) == {200, 401}
-    for name, (responses, failures) in bounds.items():
-        assert responses <= counted[name] <= responses + failures, name
+    assert ok <= counted[MESSAGES] <= ok + failures
+    assert ok + denied <= counted[RESPONSES] <= ok + denied + failures + len(wrong.failures)
 
 
 # --- Arbitrary input ------------------------------------------------------------------------------

@@ -1,6 +1,4 @@
-"""The service as a client sees it, over real sockets: framing, deadlines, connections, log, start
-and stop.
-"""
+"""The service as a client sees it: HTTP at the socket, deadlines, log, metrics, start and stop."""
 
 from __future__ import annotations
 
@@ -11,14 +9,15 @@ import select
 import signal
 import socket
 import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from client import BODY, DATA, Client, chunk, post, post_head, request_head
+from client import BODY, DATA, WAIT, Client, chunk, post, post_head, request_head
 from fake_aws import TOKEN, FakeAws
 from prometheus_client import REGISTRY
 from service import (
@@ -26,7 +25,6 @@ from service import (
     StartService,
     eventually,
     gunicorn,
-    has_booted,
     kill,
     metrics_folder,
     run_gunicorn,
@@ -63,12 +61,7 @@ def test_post_that_is_200_is_in_the_queue(service: ServiceProcess, fake_aws: Fak
     (message,) = fake_aws.messages()
     assert message["message_id"] == response.json["message_id"]
     assert json.loads(message["body"]) == DATA
-    assert message["attributes"].pop("ProcessedAt")
-    assert message["attributes"] == {
-        "ContentType": "application/json",
-        "RequestId": "r-1",
-        "IdempotencyKey": "k-1",
-    }
+    assert message["attributes"].items() >= {"RequestId": "r-1", "IdempotencyKey": "k-1"}.items()
 
 
 # --- Bodies ---------------------------------------------------------------------------------------
@@ -80,19 +73,16 @@ LARGEST = {
     + b"".join(chunk(bytes([byte])) for byte in BODY[:-1].ljust(9_999) + BODY[-1:])
     + chunk(b""),
 }
-
-
-@pytest.mark.parametrize("sent", LARGEST.values(), ids=LARGEST)
-def test_body_at_the_limit_is_200(service: ServiceProcess, sent: bytes) -> None:
-    assert service.request(sent).status == 200
-
-
 OVERSIZED = {
     "length": post_head(f"Content-Length: {LIMIT + 1}"),
-    "chunk size": post_head(CHUNKED) + b"%x\r\n" % (LIMIT + 1),
     "chunks": post_head(CHUNKED) + chunk(b" " * 65_536) * (LIMIT // 65_536) + b"1\r\n",
     "10,001 chunks": post_head(CHUNKED) + chunk(b" ") * 10_001,
 }
+
+
+def test_body_at_the_limit_is_200(service: ServiceProcess) -> None:
+    for name, sent in LARGEST.items():
+        assert service.request(sent).status == 200, name
 
 
 @pytest.mark.parametrize("sent", OVERSIZED.values(), ids=OVERSIZED)
@@ -103,133 +93,102 @@ def test_oversized_body_is_413_before_it_is_sent(client: Client, sent: bytes) ->
     assert client.is_closed()
 
 
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        (OVERSIZED["length"], 413),
-        (OVERSIZED["chunk size"], 413),
-        (post_head("Content-Length: 9", "Content-Length: 8"), 400),
-        (b"garbage\r\n", 400),
-    ],
-    ids=["oversized length", "oversized chunk", "two lengths", "garbage"],
-)
 def test_rejected_client_that_reads_only_after_sending_gets_its_response(
-    service: ServiceProcess, head: bytes, status: int
+    service: ServiceProcess,
 ) -> None:
     with service.connect(buffer=4096) as client:
-        client.send(head)
+        client.send(OVERSIZED["length"])
         for _ in range(500):
             client.send(b"x" * 4096)
         client.sock.shutdown(socket.SHUT_WR)
-        assert client.response().status == status
+        assert client.response().status == 413
 
 
-@pytest.mark.parametrize(
-    ("head", "body"),
-    [
-        (post_head(f"Content-Length: {len(BODY)}", EXPECT, "Connection: close"), BODY),
-        (post_head(CHUNKED, EXPECT, "Connection: close"), chunk(BODY) + chunk(b"")),
-    ],
-    ids=["length", "chunked"],
-)
-def test_expected_continue_is_sent_once(service: ServiceProcess, head: bytes, body: bytes) -> None:
-    with service.connect() as client:
-        client.send(head)
-        assert client.is_continued()
-        for start in range(0, len(body), 50):
-            client.send(body[start : start + 50])
-        assert client.read_to_end().startswith(b"HTTP/1.1 200")
-    with service.connect() as client:
-        client.send(post(), head)
-        assert client.response().status == 200
-        assert client.is_continued()
-        assert client.send(body).read_to_end().startswith(b"HTTP/1.1 200")
+def test_rejected_client_that_does_not_close_is_reset(hasty_service: ServiceProcess) -> None:
+    with hasty_service.connect() as client:
+        assert client.send(OVERSIZED["length"]).response().status == 413
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            eventually(lambda: not client.send(b"x"))
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        post_head(f"Content-Length: {LIMIT + 1}", EXPECT),
-        post_head("Content-Length: 2", "Content-Length: 3", EXPECT),
-        post_head("Content-Length: 2", "Expect: wonders"),
-        post_head("Content-Length: 2", "Expect: wonders", EXPECT),
-        post(BODY, EXPECT, "Connection: close"),
-        # RFC 9110 section 10.1.1: an expectation of HTTP/1.0 is ignored.
-        post_head("Content-Length: 2", EXPECT).replace(b"HTTP/1.1", b"HTTP/1.0"),
-    ],
-    ids=["oversized", "two lengths", "unknown", "unknown and known", "with its body", "HTTP/1.0"],
-)
-def test_continue_is_not_sent_for_a_body_that_is_not_awaited(client: Client, sent: bytes) -> None:
-    client.send(sent).sock.shutdown(socket.SHUT_WR)
-    assert b"100 Continue" not in client.read_to_end()
+def test_expected_continue_is_sent_once(client: Client) -> None:
+    client.send(post(), post_head(f"Content-Length: {len(BODY)}", EXPECT, "Connection: close"))
+    assert client.response().status == 200
+    assert client.is_continued()
+    for start in (0, 50):
+        client.send(BODY[start : start + 50])
+        assert select.select([client.sock], [], [], 0.1)[0] == []
+    assert client.send(BODY[100:]).read_to_end().startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("rest", [b"zz\r\n", b"5\r\nhelloX\r\n0\r\n\r\n"])
-def test_malformed_chunks_are_400_and_close(client: Client, rest: bytes) -> None:
-    response = client.send(post_head(CHUNKED), rest).response()
-    assert (response.status, response.error) == (400, "invalid_json")
-    assert response.headers["Connection"] == "close"
-    assert client.is_closed()
+NOT_AWAITED = {
+    "oversized": post_head(f"Content-Length: {LIMIT + 1}", EXPECT),
+    "unknown": post_head("Content-Length: 2", "Expect: wonders"),
+    "unknown and known": post_head("Content-Length: 2", "Expect: wonders", EXPECT),
+    "with its body": post(BODY, EXPECT, "Connection: close"),
+    # RFC 9110 section 10.1.1: an expectation of HTTP/1.0 is ignored.
+    "HTTP/1.0": post_head("Content-Length: 2", EXPECT).replace(b"HTTP/1.1", b"HTTP/1.0"),
+}
 
 
-@pytest.mark.parametrize(
-    "sent", [post_head("Content-Length: 1000") + BODY, post_head(CHUNKED) + chunk(BODY)]
-)
-def test_truncated_body_is_400(client: Client, sent: bytes) -> None:
-    client.send(sent).sock.shutdown(socket.SHUT_WR)
-    assert client.response().error == "invalid_json"
+def test_continue_is_not_sent_for_a_body_that_is_not_awaited(service: ServiceProcess) -> None:
+    for name, sent in NOT_AWAITED.items():
+        with service.connect() as client:
+            client.send(sent).sock.shutdown(socket.SHUT_WR)
+            assert b"100 Continue" not in client.read_to_end(), name
+
+
+INCOMPLETE = {
+    "no chunk": post_head(CHUNKED) + b"zz\r\n",
+    "chunk without its end": post_head(CHUNKED) + b"5\r\nhelloX\r\n0\r\n\r\n",
+    "truncated length": post_head("Content-Length: 1000") + BODY,
+    "truncated chunks": post_head(CHUNKED) + chunk(BODY),
+}
+
+
+def test_malformed_or_truncated_body_is_400_and_closes(service: ServiceProcess) -> None:
+    for name, sent in INCOMPLETE.items():
+        with service.connect() as client:
+            client.send(sent)
+            if "truncated" in name:
+                client.sock.shutdown(socket.SHUT_WR)
+            assert client.response().error == "invalid_json", name
+            assert client.is_closed(), name
 
 
 # --- Deadlines ------------------------------------------------------------------------------------
 
-LENGTH = post_head("Content-Length: 1000")
-SLOW_BODIES = {
-    "stalled": (LENGTH, b""),
-    "trickled": (LENGTH, b"x"),
-    "trickled chunks": (post_head(CHUNKED), chunk(b"x")),
-    "stalled in a chunk": (post_head(CHUNKED) + b"9\r\n12345", b""),
-    "stalled in a chunk's size": (post_head(CHUNKED) + chunk(BODY[:20]) + b"1", b""),
-    "stalled in trailers": (post_head(CHUNKED) + chunk(BODY) + b"0\r\nName: val", b""),
-    "stalled behind another request": (post() + LENGTH + BODY, b""),
+LATE = {
+    "body": (post_head("Content-Length: 1000"), b"x"),
+    "chunks": (post_head(CHUNKED) + chunk(BODY[:20]), chunk(b"x")),
+    "body behind another request": (post() + post_head("Content-Length: 1000") + BODY, b""),
+    "head": (b"POST /process HTTP/1.1\r\nHost: ", b"x"),
 }
 
 
-@pytest.mark.parametrize(("sent", "part"), SLOW_BODIES.values(), ids=SLOW_BODIES)
-def test_slow_body_is_408_at_the_deadline(
-    hasty_service: ServiceProcess, sent: bytes, part: bytes
-) -> None:
+@pytest.mark.parametrize("name", LATE)
+def test_incomplete_request_ends_at_the_deadline(hasty_service: ServiceProcess, name: str) -> None:
+    """With 408, or without a response if its head is incomplete."""
+    sent, trickled = LATE[name]
     with hasty_service.connect() as client:
         begin = time.monotonic()
         client.send(sent)
         if sent.startswith(post()):
             assert client.response().status == 200
-        response = client.trickle(part).response()
+        client.trickle(trickled)
         assert DEADLINE - 0.1 <= time.monotonic() - begin < TOO_LATE
-        assert (response.status, response.error) == (408, "request_timeout")
-        assert response.headers["Connection"] == "close"
-        assert part or client.is_closed()
-
-
-@pytest.mark.parametrize("part", [b"", b"x"], ids=["stalled", "trickled"])
-def test_incomplete_head_closes_the_connection_at_the_deadline(
-    hasty_service: ServiceProcess, part: bytes
-) -> None:
-    with hasty_service.connect() as client:
-        begin = time.monotonic()
-        client.send(b"POST /process HTTP/1.1\r\nHost: ").trickle(part)
-        assert DEADLINE - 0.1 <= time.monotonic() - begin < TOO_LATE
+        if name != "head":
+            response = client.response()
+            assert (response.status, response.error) == (408, "request_timeout")
+            assert response.headers["Connection"] == "close"
         assert client.is_closed()
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_line_break_behind_a_body_has_no_deadline(
-    hasty_service: ServiceProcess, at_once: bool
-) -> None:
+def test_line_break_behind_a_body_has_no_deadline(hasty_service: ServiceProcess) -> None:
     """Some clients send one. It does not begin a request."""
     with hasty_service.connect() as client:
-        client.send(post() + b"\r\n" * at_once)
-        assert client.response().status == 200
-        client.send(b"\r\n" * (not at_once))
+        assert client.send(post() + b"\r\n").response().status == 200
+        client.send(b"\r\n")
         # Neither a response nor the connection's end comes.
         assert select.select([client.sock], [], [], 2 * DEADLINE)[0] == []
         assert client.send(HEALTH).response().status == 200
@@ -250,85 +209,85 @@ def test_connection_is_kept_alive_after_every_kind_of_response(client: Client) -
     }
     for sent, status in requests.items():
         response = client.send(sent).response()
-        assert response.status == status
-        assert response.headers["Connection"] == "keep-alive"
+        assert (response.status, response.headers["Connection"]) == (status, "keep-alive")
 
 
-@pytest.mark.parametrize("size", [7, 300, 10_000])
+@pytest.mark.parametrize("size", [7, 10_000])
 def test_pipelined_requests_get_their_responses_in_order(client: Client, size: int) -> None:
-    """Also behind messages that wait for SQS and occupy no thread."""
+    """Also behind messages that wait for SQS, and if the client has ended its side meanwhile."""
     nothing = request_head("GET", "/nothing")
     chunked = post_head(CHUNKED) + chunk(BODY) + chunk(b"")
     sent = [post(b"{"), post(), HEALTH, chunked, nothing, b"\r\n" + post(), HEALTH, nothing]
     stream = b"".join(sent)
     for start in range(0, len(stream), size):
         client.send(stream[start : start + size])
+    client.sock.shutdown(socket.SHUT_WR)
     responses = [client.response() for _ in sent]
     assert [response.status for response in responses] == [400, 200, 200, 200, 404, 200, 200, 404]
     assert [n for n, response in enumerate(responses) if "message_id" in response.json] == [1, 3, 5]
-
-
-@pytest.mark.parametrize("options", ["close", "TE, close", "keep-alive, close", "Close ,TE"])
-def test_connection_closes_when_the_client_asks_for_it(client: Client, options: str) -> None:
-    response = client.send(post(BODY, f"Connection: {options}")).response()
-    assert response.headers["Connection"] == "close"
     assert client.is_closed()
 
 
-@pytest.mark.parametrize(("header", "closes"), [("A: b", True), ("Connection: keep-alive", False)])
-def test_http_1_0_connection_closes_unless_kept_alive(
-    client: Client, header: str, closes: bool
-) -> None:
-    client.send(post(BODY, header).replace(b" HTTP/1.1", b" HTTP/1.0"))
-    response = client.response()
-    assert (response.status, response.headers["Connection"] == "close") == (200, closes)
-    assert client.is_closed() if closes else client.send(post()).response().status == 200
+def test_connection_closes_when_the_client_asks_for_it(service: ServiceProcess) -> None:
+    for version, header, closes in (
+        ("1.1", "Connection: keep-alive, close", True),
+        ("1.1", "Connection: Close ,TE", True),
+        ("1.0", "A: b", True),
+        ("1.0", "Connection: keep-alive", False),
+    ):
+        with service.connect() as client:
+            client.send(post(BODY, header).replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+            response = client.response()
+            assert (response.status, response.headers["Connection"] == "close") == (200, closes)
+            assert client.is_closed() if closes else client.send(post()).response().status == 200
 
 
 # --- Heads that Gunicorn rejects, or might reject -------------------------------------------------
 
-UNREADABLE = {
+MALFORMED = {
     "garbage": b"garbage\r\n\r\n",
     "bare line feed": b"GET /health HTTP/1.1\r\nA: b\nC: d\r\n",
-    "two lengths": post_head("Content-Length: 2", "Content-Length: 3000") + b"{}",
-    "two lengths, the longer first": post_head("Content-Length: 3000", "Content-Length: 2"),
+    "two lengths": post_head("Content-Length: 3000", "Content-Length: 2"),
     "a length and chunks": post_head("Content-Length: 3000", CHUNKED),
     "chunks twice": post_head(CHUNKED, CHUNKED),
     "no number": post_head("Content-Length: +3000"),
     "unknown coding": post_head("Transfer-Encoding: secret"),
     "unknown expectation": post_head("Content-Length: 2", "Expect: wonders") + b"{}",
-    "bytes in path": "GET /\u00e9 HTTP/1.1\r\n\r\n".encode(),
+    # A pattern that backtracks takes minutes for it.
+    "spaces": request_head("GET", "/health", "Content-Length:" + " " * 4000 + "x\r"),
     "too long a request line": request_head("GET", "/" + "x" * 9000),
     "too long a header": request_head("GET", "/health", "A: " + "x" * 20_000),
-    "too many headers": request_head("GET", "/health", *(f"A{n}: x" for n in range(150))),
+    "too long a head": b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 12_000,
 }
 
 
-@pytest.mark.parametrize("head", UNREADABLE)
-def test_malformed_head_is_rejected_in_json_without_its_body(client: Client, head: str) -> None:
-    begin = time.monotonic()
-    response = client.send(UNREADABLE[head]).response()
-    assert time.monotonic() - begin < TOO_LATE, "the service has waited for a body"
-    assert response.error == ("request_too_large" if "too" in head else "invalid_json")
-    assert response.headers["Connection"] == "close"
-    assert client.is_closed()
+def test_malformed_head_is_rejected_in_json_without_its_body(service: ServiceProcess) -> None:
+    for name, head in MALFORMED.items():
+        with service.connect() as client:
+            begin = time.monotonic()
+            response = client.send(head).response()
+            assert time.monotonic() - begin < TOO_LATE, f"{name}: the service waited for a body"
+            expected = "request_too_large" if "too" in name else "invalid_json"
+            assert response.error == expected, name
+            assert response.headers["Connection"] == "close", name
+            assert client.is_closed(), name
 
 
 SCHEMES = ("X-Forwarded-Proto: https", "X-Forwarded-Proto: http", "X-Forwarded-SSL: off")
 ODD = {
-    "bytes that are no UTF-8": request_head("OPTIONS", "/%ff%00"),
-    "asterisk": request_head("OPTIONS", "*"),
-    "schemes that contradict each other": request_head("GET", "/health", *SCHEMES),
-    "SCRIPT_NAME header": request_head("GET", "/health", "SCRIPT_NAME: /x", "PATH_INFO: /y"),
-    "long query": request_head("GET", "/health?" + "x" * 8000),
-    "absolute form": request_head("GET", "http://other/health"),
-    "no host, HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+    "bytes that are no UTF-8": (request_head("OPTIONS", "/%ff%00"), 404),
+    "asterisk": (request_head("OPTIONS", "*"), 404),
+    "schemes that contradict each other": (request_head("GET", "/health", *SCHEMES), 200),
+    "SCRIPT_NAME": (request_head("GET", "/health", "SCRIPT_NAME: /x", "PATH_INFO: /y"), 200),
+    "long query": (request_head("GET", "/health?" + "x" * 8000), 200),
+    "absolute form": (request_head("GET", "http://other/health"), 200),
+    "no host, HTTP/1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200),
 }
 
 
-@pytest.mark.parametrize("sent", ODD.values(), ids=ODD)
-def test_odd_but_well_formed_head_is_accepted(service: ServiceProcess, sent: bytes) -> None:
-    assert service.request(sent).status == (404 if b"OPTIONS" in sent else 200)
+def test_odd_but_well_formed_head_is_accepted(service: ServiceProcess) -> None:
+    for name, (sent, status) in ODD.items():
+        assert service.request(sent).status == status, name
 
 
 # --- The log --------------------------------------------------------------------------------------
@@ -346,7 +305,7 @@ def test_bytes_behind_a_too_short_length_are_not_logged(
 
 
 def test_every_line_of_output_is_json_without_secrets(start_service: StartService) -> None:
-    with start_service(LOG_LEVEL="DEBUG") as service:
+    with start_service(LOG_LEVEL="DEBUG", COMMIT="0123abc") as service:
         service.get("/health")
         service.request(post())
         service.request(post(b"{"))
@@ -355,6 +314,9 @@ def test_every_line_of_output_is_json_without_secrets(start_service: StartServic
         kill(service.workers()[0])  # Gunicorn logs an error
         eventually(lambda: "SIGKILL" in service.output())
     lines = service.log()
+    start = {"message": "service starts", "version": app.VERSION, "commit": "0123abc"}
+    start |= {"workers": 4, "threads": 2, "queue": service.variables["SQS_QUEUE_URL"]}
+    assert start.items() <= lines[0].items()
     assert any(line["message"].startswith("Listening at") for line in lines)
     assert service.errors() == ""
     assert {line["level"] for line in lines} == {"DEBUG", "INFO", "ERROR"}
@@ -364,34 +326,73 @@ def test_every_line_of_output_is_json_without_secrets(start_service: StartServic
         assert secret not in service.output()
 
 
-def test_lines_of_several_workers_do_not_mix_in_a_pipe(
-    start_service: StartService, tmp_path: Path
-) -> None:
-    pipe, path, requests = tmp_path / "pipe", "/" + "x" * 7000, 400
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(8) as pool:
-        reading = pool.submit(pipe.read_bytes)
-        service = start_service(PIPE=str(pipe))
-        service.command = ("sh", "-c", 'exec "$@" >"$PIPE"', "sh", *gunicorn())
-        with service:
-            responses = list(pool.map(lambda _: service.get(path), range(requests)))
-    assert {response.status for response in responses} == {404}
-    lines = reading.result().splitlines()
-    assert max(map(len, lines)) < 4000
-    assert sum("characters cut" in json.loads(line).get("path", "") for line in lines) == requests
-
-
-def test_warnings_about_credentials_are_json(start_service: StartService, tmp_path: Path) -> None:
-    config = tmp_path / "config"
-    keys = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "s3cr3t", "SessionToken": "t"}
+def test_warnings_of_libraries_are_json(start_service: StartService, tmp_path: Path) -> None:
+    keys = {"Version": 1, "AccessKeyId": "a", "SecretAccessKey": "b", "SessionToken": "c"}
     keys["Expiration"] = "2099-01-01 00:00:00 XYZ"
+    config = tmp_path / "config"
     config.write_text(f"[default]\ncredential_process = echo '{json.dumps(keys)}'\n")
     with start_service(AWS_CONFIG_FILE=str(config), AWS_ACCESS_KEY_ID="") as service:
-        eventually(lambda: "credentials" in service.get("/ready").json["message"])
         eventually(lambda: "UnknownTimezoneWarning" in service.output())
-    assert service.errors() == ""
     assert any(line["logger"] == "py.warnings" for line in service.log())
-    assert "s3cr3t" not in service.output()
+    assert service.errors() == ""
+
+
+@pytest.mark.slow
+def test_log_without_a_reader_delays_no_request(start_service: StartService) -> None:
+    service = start_service(GUNICORN_WORKERS="1", GUNICORN_THREADS="8")
+    reader, writer = os.pipe()
+    into_pipe = f'exec "$@" >/proc/{os.getpid()}/fd/{writer}'
+    service.command = ["sh", "-c", into_pipe, "sh", *service.command]
+    with service:
+        os.close(writer)
+        with service.connect() as client:
+            for _ in range(20):  # the pipe has room for 30 lines, the queue for 1,000
+                client.send(request_head("GET", "/" + "x" * 2000) * 100)
+                assert {client.response().status for _ in range(100)} == {404}
+        assert service.request(post()).status == 200
+        assert 500 < service.metrics()["email_processor_log_lines_dropped_total"] < 1500
+        kill(service.workers()[0])
+        eventually(lambda: metrics_after_a_kill(service))
+        assert service.stop() < WAIT
+    assert service.process.returncode == 0
+    assert service.errors() == ""
+    os.close(reader)
+
+
+def sitecustomize(folder: Path, code: str) -> dict[str, str]:
+    """Variables with which Python runs the code before the service."""
+    (folder / "sitecustomize.py").write_text(textwrap.dedent(code))
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_additional_log_handler_ends_no_worker(start_service: StartService, tmp_path: Path) -> None:
+    """As an agent adds one that is imported before the application."""
+    add_handler = """\
+        import logging.config
+        configure = logging.config.dictConfig
+        def configure_and_add(config):
+            configure(config)
+            logging.getLogger().handlers.insert(0, logging.NullHandler())
+        logging.config.dictConfig = configure_and_add
+        """
+    with start_service(**sitecustomize(tmp_path, add_handler), **ONE_WORKER) as service:
+        assert service.request(post(b"{")).status == 400
+        eventually(lambda: [line for line in service.log() if line.get("status") == 400])
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_clients_of_both_address_families_are_logged_plainly(service: ServiceProcess) -> None:
+    hosts = {}  # by request id
+    for host in ("::1", "127.0.0.1"):
+        for sent in (request_head("GET", "/nothing"), b"garbage\r\n"):
+            with service.connect(host) as client:
+                hosts[client.send(sent).response().headers["X-Request-Id"]] = host
+
+    def logged() -> dict[str, str]:
+        lines = (line for line in service.log() if line.get("request_id") in hosts)
+        return {line["request_id"]: line["client"] for line in lines}
+
+    eventually(lambda: logged() == hosts)
 
 
 # --- Metrics --------------------------------------------------------------------------------------
@@ -428,8 +429,6 @@ def test_metrics_begin_with_every_series_at_zero(
             assert service.request(post(b"{")).status == 400
             assert service.metrics()[INVALID] == 1
         (folder / "counter_4711.db").write_bytes(b"of an older version")
-        (folder / "notes.txt").write_text("not a metric")
-    assert (folder / "notes.txt").exists()
 
 
 def metrics_after_a_kill(service: ServiceProcess) -> dict[str, float]:
@@ -438,61 +437,24 @@ def metrics_after_a_kill(service: ServiceProcess) -> dict[str, float]:
     return {}
 
 
-def test_killed_worker_takes_only_its_gauges(
+def test_gauges_are_those_of_the_live_workers(
     start_service: StartService, fake_aws: FakeAws
 ) -> None:
+    """test_faults.py has the counters, which outlast a worker."""
     fake_aws.set(faults={"SendMessage": {"kind": "reset"}})
-    begin = time.time()
-    with start_service(**ONE_WORKER) as service:
+    with start_service(COMMIT="0123abc", GUNICORN_WORKERS="2") as service:
 
-        def is_open_after_a_request() -> bool:
+        def circuits_open() -> float:
             service.request(post())
-            return service.metrics()[CIRCUITS_OPEN] == 1
+            return service.metrics()[CIRCUITS_OPEN]
 
-        eventually(is_open_after_a_request)
-        before = service.metrics()
+        eventually(lambda: circuits_open() == 2)
         kill(service.workers()[0])
-        eventually(lambda: metrics_after_a_kill(service).get(CIRCUITS_OPEN) == 0)
-        after = service.metrics()
-        eventually(lambda: begin <= service.metrics()[READ_AT] <= time.time())
-    counters = [name for name in before if re.search("_(total|count|sum|bucket)", name)]
-    assert INVALID in counters
-    assert [name for name in counters if after[name] < before[name]] == []
+        eventually(lambda: metrics_after_a_kill(service).get(CIRCUITS_OPEN) == 1)
+        eventually(lambda: metrics_after_a_kill(service)[BUILD_INFO("0123abc", app.VERSION)] == 1)
 
 
-def test_reload_keeps_the_counters_of_all_workers(start_service: StartService) -> None:
-    with start_service() as service:
-        assert {service.request(post(b"{")).status for _ in range(20)} == {400}
-        assert service.metrics()[INVALID] == 20
-        old = set(service.workers())
-        service.process.send_signal(signal.SIGHUP)
-        eventually(lambda: len(set(service.workers()) - old) == 4)
-        eventually(lambda: not old & set(service.workers()))
-        assert {service.request(post(b"{")).status for _ in range(20)} == {400}
-        assert service.metrics()[INVALID] == 40
-
-
-def test_pod_identifies_its_build_once(start_service: StartService) -> None:
-    with start_service(COMMIT="0123abc", GUNICORN_WORKERS="3") as service:
-        assert service.get("/").json["commit"] == "0123abc"
-        old = service.workers()
-        kill(old[0])
-        eventually(lambda: len(set(service.workers()) - set(old[1:])) == 1)
-        eventually(lambda: all(map(has_booted, service.workers())))
-        metrics = eventually(lambda: metrics_after_a_kill(service))
-        service.process.send_signal(signal.SIGHUP)
-        eventually(lambda: len(set(service.workers()) - set(old)) == 3)
-        lines = service.log()
-    builds = {name: value for name, value in metrics.items() if "build_info" in name}
-    assert builds == {BUILD_INFO("0123abc", app.VERSION): 1}
-    (start,) = [line for line in lines if "commit" in line]
-    assert start == lines[0]
-    settings = {"workers": 3, "threads": 2, "queue": service.variables["SQS_QUEUE_URL"]}
-    build = {"version": app.VERSION, "commit": "0123abc", "message": "service starts"}
-    assert {**build, **settings}.items() <= start.items()
-
-
-# --- Start and stop -------------------------------------------------------------------------------
+# --- Start ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -506,7 +468,13 @@ def test_unusable_variable_stops_the_start_with_a_line(variable: str, value: str
     assert run.stdout == ""
 
 
-UNUSABLE = {"read-only": "ro", "small": "size=64k", "another user's": "mode=700,uid=1"}
+@pytest.mark.slow
+def test_port_in_use_stops_the_start(service: ServiceProcess) -> None:
+    """Also when each worker has its own listening socket, which could share the port."""
+    run = run_gunicorn(PORT=str(service.port), GUNICORN_WORKERS="2")
+    assert run.returncode == 1
+    assert "in use" in run.stdout
+    assert service.metrics(), "the files of the other service were removed"
 
 
 def gunicorn_with_dev_shm(options: str) -> tuple[str, ...]:
@@ -521,7 +489,7 @@ def gunicorn_with_dev_shm(options: str) -> tuple[str, ...]:
     return (*command, *unprivileged, *gunicorn())
 
 
-@pytest.mark.parametrize("options", UNUSABLE.values(), ids=UNUSABLE)
+@pytest.mark.parametrize("options", ["size=64k", "mode=700,uid=1"], ids=["small", "another user's"])
 def test_metrics_go_into_the_temporary_folder_if_dev_shm_cannot_be_used(
     start_service: StartService, options: str
 ) -> None:
@@ -535,52 +503,112 @@ def test_metrics_go_into_the_temporary_folder_if_dev_shm_cannot_be_used(
         assert metrics_folder(workers[0]).parent == service.temporary
 
 
-def test_gunicorn_settings_fit_the_deployment() -> None:
-    printed = run_gunicorn(*gunicorn("--print-config")).stdout
-    settings = dict(re.findall(r"^(\w+) += (.+)$", printed, re.MULTILINE))
-    expected = {
-        "workers": "4",
-        "threads": "2",
-        "keepalive": "75",
-        "graceful_timeout": "25",
-        "preload_app": "True",
-        "max_requests": "0",
-        "control_socket_disable": "True",
-        "accesslog": "None",
-        "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else "None",
-    }
-    assert {name: settings[name] for name in expected} == expected
-    assert ":8080" in settings["bind"]
-
-
-def test_no_thread_is_started_before_the_fork(service: ServiceProcess) -> None:
-    assert len(list(Path(f"/proc/{service.process.pid}/task").iterdir())) == 1
-
-
-def test_each_worker_reads_token_and_queue_once_at_its_start(
-    start_service: StartService, fake_aws: FakeAws
+def test_machine_without_ipv6_is_served_on_ipv4(
+    start_service: StartService, tmp_path: Path
 ) -> None:
-    with start_service() as service:
+    without_ipv6 = """\
+        import errno, os, socket
+        class Socket(socket.socket):
+            def __init__(self, family=-1, *arguments, **options):
+                if family == socket.AF_INET6:
+                    raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                super().__init__(family, *arguments, **options)
+        socket.socket = Socket
+        """
+    with start_service(**sitecustomize(tmp_path, without_ipv6)) as service:
+        assert service.request(post()).status == 200
+
+
+def test_each_worker_reads_token_and_queue_once_at_its_start(start_service: StartService) -> None:
+    with FakeAws() as fake_aws, start_service(**fake_aws.variables()) as service:
         reads = {"GetParameters": 4, "GetQueueAttributes": 4}
         eventually(lambda: fake_aws.counts()["calls"] == reads)
         assert {service.request(post()).status for _ in range(20)} == {200}
         assert fake_aws.counts()["calls"].items() >= reads.items()
+        threads = os.listdir(f"/proc/{service.process.pid}/task")
+        assert len(threads) == 1, "a thread was started before the fork"
 
 
-def test_sigterm_serves_begun_requests_and_writes_the_log(start_service: StartService) -> None:
-    with (
-        start_service(**ONE_WORKER) as service,
-        service.connect() as idle,
-        service.connect() as begun,
-    ):
+def test_stop_waits_longer_than_any_request_takes() -> None:
+    printed = run_gunicorn(*gunicorn("--print-config")).stdout
+    seconds = re.search(r"^graceful_timeout += (\d+)$", printed, re.MULTILINE)
+    assert seconds
+    assert int(seconds[1]) > app.BUCKETS[-1]
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+def test_sigterm_serves_begun_and_waiting_requests_and_writes_the_log(
+    start_service: StartService,
+) -> None:
+    with start_service(**ONE_WORKER) as service, ExitStack() as stack:
         eventually(lambda: service.get("/ready").status == 200)
+        idle, begun = (stack.enter_context(service.connect()) for _ in range(2))
         idle.send(request_head("GET", "/nothing") * 500)
         assert {idle.response().status for _ in range(500)} == {404}
         begun.send(post_head(f"Content-Length: {len(BODY)}", EXPECT))
         assert begun.is_continued()
-        service.process.send_signal(signal.SIGTERM)
-        begun.send(BODY, request_head("GET", "/health"))
+        # The event loop accepts up to 64 connections in a turn: the others are in the backlog.
+        (worker,) = service.workers()
+        os.kill(worker, signal.SIGSTOP)
+        connected = [stack.enter_context(service.connect()).send(HEALTH) for _ in range(100)]
+        for pid, number in (
+            (service.process.pid, signal.SIGTERM),
+            (worker, signal.SIGTERM),
+            (worker, signal.SIGCONT),
+        ):
+            os.kill(pid, number)
+        begun.send(BODY, HEALTH)
         assert [begun.response().status for _ in range(2)] == [200, 200]
+        assert {client.response().status for client in connected} == {200}
         assert service.stop() < 25, "the idle connection delayed the end until Gunicorn killed"
-    lines = [line for line in service.log() if line.get("error") == "not_found"]
-    assert len(lines) == 500
+    assert sum(line.get("error") == "not_found" for line in service.log()) == 500
+
+
+def test_reload_keeps_the_counters_of_all_workers(start_service: StartService) -> None:
+    with start_service() as service:
+        assert {service.request(post(b"{")).status for _ in range(20)} == {400}
+        old = set(service.workers())
+        service.process.send_signal(signal.SIGHUP)
+        eventually(lambda: len(set(service.workers()) - old) == 4)
+        eventually(lambda: not old & set(service.workers()))
+        assert service.request(post(b"{")).status == 400
+        assert service.metrics()[INVALID] == 21
+
+
+@pytest.mark.slow
+def test_workers_survive_a_pause_of_the_service(start_service: StartService) -> None:
+    """As `docker pause` or a live migration makes one."""
+    with start_service(GUNICORN_CMD_ARGS="--timeout 5") as service:
+        workers = service.workers()
+        for pid in (service.process.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6.5)  # longer than the timeout
+        os.kill(service.process.pid, signal.SIGCONT)
+        time.sleep(1.5)  # the master checks once a second, and may be the first to run
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert {service.get("/health").status for _ in range(20)} == {200}
+        assert service.workers() == workers
+
+
+# --- Without Gunicorn -----------------------------------------------------------------------------
+
+
+def test_flasks_server_works_without_posix(fake_aws: FakeAws, tmp_path: Path) -> None:
+    class FlaskServer(ServiceProcess):
+        def workers(self) -> list[int]:
+            return [self.process.pid]
+
+    without_posix = """\
+        import runpy, sys
+        hidden = ["gunicorn", "fcntl", "grp", "pwd", "resource", "termios"]
+        sys.modules.update(dict.fromkeys(hidden))
+        runpy.run_path("app.py", run_name="__main__")
+        """
+    command = [sys.executable, "-c", textwrap.dedent(without_posix)]
+    variables = {**fake_aws.variables(), "GUNICORN_WORKERS": "1"}
+    with FlaskServer(tmp_path / "tmp", variables, command) as service:
+        assert service.request(post()).status == 200
+        assert service.request(post(b"x", path="/nothing")).error == "not_found"
