@@ -298,9 +298,10 @@ class Service(Flask):
             self.tracing.start()
 
         def keep_fresh() -> None:
-            while True:
-                self.refresh()
-                time.sleep(1)
+            with suppress(RuntimeError):  # at the exit, the executor accepts no more reads
+                while True:
+                    self.refresh()
+                    time.sleep(1)
 
         threading.Thread(target=keep_fresh, daemon=True).start()
 
