@@ -85,15 +85,16 @@ PROJECT = Path(__file__).parent
 
 
 def commit_of(checkout: Path) -> str:
+    """The commit of a Git checkout, or "unknown" without Git."""
     command = ["git", f"--git-dir={checkout / '.git'}", "rev-parse", "--verify", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-    except OSError:  # there is no git
+    except OSError:  # no git command
         return "unknown"
     return "unknown" if done.returncode else done.stdout.strip()
 
 
-# The image has the variable; there is no git in it.
+# The image has the variable, and neither git nor a checkout.
 COMMIT = os.environ.get("COMMIT", "").strip() or commit_of(PROJECT)
 
 log = logging.getLogger("email_processor")
@@ -103,7 +104,7 @@ log = logging.getLogger("email_processor")
 
 
 class SettingsError(SystemExit):
-    """The environment is unusable: the start ends with a line for each variable at fault."""
+    """The environment is unusable. As a SystemExit, it ends the start with its message."""
 
 
 def _setting(default: Any, rule: str, check: Callable[[str], Any]) -> Any:
@@ -134,8 +135,8 @@ def _number(default: float, unit: str, low: int, high: int) -> Any:
 
 def _parameter_names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    # GetParameters takes ten in one call.
-    # Besides a parameter's own characters, those of a secret that the name refers to.
+    # GetParameters takes ten names in a call. A name may refer to a secret of Secrets Manager,
+    # which allows more characters than Parameter Store.
     if len(names) > 10 or not all(re.fullmatch(r"[\w./:+=@-]+", n, re.ASCII) for n in names):
         raise ValueError
     return names
@@ -143,7 +144,7 @@ def _parameter_names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The service's configuration; the environment variable of a field is its name in capitals."""
+    """The configuration. A field's environment variable is its name in capitals."""
 
     sqs_queue_url: str = _text(MISSING, "the queue's URL", r"https?://[^/\s]+/\S+")
     aws_region: str = _text(
@@ -165,9 +166,9 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Read and check every variable; an empty one counts as unset.
+        """Read and check every variable. An empty variable counts as unset.
 
-        Raises SettingsError naming all variables at fault, a line each.
+        Raises SettingsError, with a line for each invalid variable.
         """
         values, problems = {}, []
         for setting in fields(cls):
@@ -188,8 +189,8 @@ class Settings:
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-# Every error response: code -> (status, message). README, openapi.yaml, the metric label and the
-# tests use the same list.
+# Every error response: code -> (status, message). The README, openapi.yaml and the metric's labels
+# have the same codes; tests compare them.
 ERRORS = {
     "not_found": (404, "There is nothing at this path."),
     "method_not_allowed": (405, "This path does not take this method; see the Allow header."),
@@ -213,14 +214,14 @@ AUTHENTICATE = f'Token realm="{SERVICE}"'
 
 
 class ApiError(Exception):
-    """An error response, by its code in ERRORS."""
+    """An error response. `code` is a key of ERRORS; `cause` is for the log only."""
 
     def __init__(
         self,
         code: str,
         message: str | None = None,
         errors: list[dict[str, str]] | None = None,
-        cause: str | None = None,  # for the log
+        cause: str | None = None,
     ) -> None:
         super().__init__(code)
         self.code = code
@@ -230,6 +231,7 @@ class ApiError(Exception):
         self.cause = cause
 
     def body(self, request_id: str) -> dict[str, Any]:
+        """The JSON body of the response."""
         body = {
             "status": "error",
             "error": self.code,
@@ -244,23 +246,19 @@ class ApiError(Exception):
 
 @dataclass(slots=True)
 class Exchange:
-    """A request, and the log line of its response."""
+    """A request, and the fields of the log line that its response writes."""
 
-    environ: dict[str, Any]
-    line: dict[str, Any]
-    trace_header: str
+    environ: dict[str, Any]  # of WSGI
+    log_fields: dict[str, Any]
+    trace_header: str  # of the message, for X-Ray
     started: float
-    is_measured: bool = False  # by the metrics of POST /process
+    is_measured: bool = False  # in the metrics of POST /process
     delivery: Delivery | None = None
-    spans: Any = ()  # if its trace is sampled
+    spans: Any = ()  # empty if the trace is not sampled
 
 
 class Service(Flask):
-    """The WSGI application: routes, the path of a request, and its response.
-
-    create_url_adapter matches path and method only: Werkzeug would also reject malformed Host
-    headers, and requests that offer to become a WebSocket.
-    """
+    """The WSGI application: routes, the path of a request, and its response."""
 
     def __init__(
         self, settings: Settings, tokens: TokenStore, publisher: Publisher, tracing: Any = None
@@ -288,12 +286,16 @@ class Service(Flask):
         self.register_error_handler(Exception, self.handle_error)
 
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Match path and method only.
+
+        Flask's own adapter also rejects malformed Host headers, and requests for a WebSocket.
+        """
         if request is None:
             return None
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
 
     def start(self) -> None:
-        """After the fork: start to trace, and to keep the tokens fresh, also without requests."""
+        """Start tracing, and a thread that refreshes every second. Call this after the fork."""
         if self.tracing:
             self.tracing.start()
 
@@ -306,7 +308,7 @@ class Service(Flask):
         threading.Thread(target=keep_fresh, daemon=True).start()
 
     def refresh(self) -> None:
-        """Start the reads that are due: of the tokens, and of the queue's limit until known."""
+        """Start the reads that are due: the tokens, and the queue's limit until it is known."""
         self.tokens.refresh()
         if not self.publisher.max_message_bytes:
             self.publisher.refresh_limit()
@@ -314,116 +316,134 @@ class Service(Flask):
     # `request` and `g` are proxies: dereference them once.
 
     def begin(self) -> None:
+        """Flask calls this before each request."""
         environ = request.environ
         g.exchange = self.new_exchange(environ)
         if not environ["PATH_INFO"].startswith("/") or environ["PATH_INFO"].startswith("//"):
             raise ApiError("not_found")  # Werkzeug would take //process for /process
 
     def new_exchange(self, environ: dict[str, Any]) -> Exchange:
+        """The exchange of a request, with its ids, and its span if tracing is on."""
         trace_header, trace_id = trace_of(environ.get("HTTP_X_AMZN_TRACE_ID", ""))
         request_id = request_id_of(environ.get("HTTP_X_REQUEST_ID", ""))
-        line = {"request_id": request_id, "trace_id": trace_id}
-        exchange = Exchange(environ, line, trace_header, time.perf_counter())
+        log_fields = {"request_id": request_id, "trace_id": trace_id}
+        exchange = Exchange(environ, log_fields, trace_header, time.perf_counter())
         if self.tracing:
             self.tracing.begin(exchange)
         return exchange
 
     def end(self, response: Response) -> Response:
+        """Flask calls this after each request."""
         if isinstance(response, DeferredResponse):
-            return response  # ends when its future is done
+            return response  # process() finishes it when SQS has responded
         return self.finish(g.exchange, response)
 
     def finish(self, exchange: Exchange, response: Response) -> Response:
-        """Record the response. Called once per request, in any thread, without Flask's context."""
-        environ, line = exchange.environ, exchange.line
-        response.headers["X-Request-Id"] = line["request_id"]
+        """Count, log and trace the response.
+
+        Called once per request, in any thread, without Flask's context.
+        """
+        environ, log_fields = exchange.environ, exchange.log_fields
+        path, status = header_text(environ["PATH_INFO"]), response.status_code
+        response.headers["X-Request-Id"] = log_fields["request_id"]
         forwarded = environ.get("HTTP_X_FORWARDED_FOR", "")
-        # The ALB appends the address that it saw; the client may have sent the rest.
+        # The ALB appends the client's address; the client may have sent the rest.
         client = forwarded.rpartition(",")[2].strip() or environ.get("REMOTE_ADDR", "")
         client = client.removeprefix("::ffff:")  # of IPv4, on a socket for both
         duration = time.perf_counter() - exchange.started
         if exchange.is_measured:
             REQUESTS_IN_FLIGHT.dec()
             REQUEST_DURATION.observe(duration)
-        record_response(
-            method=environ["REQUEST_METHOD"],
-            path=header_text(environ["PATH_INFO"]),
-            client=client,
-            status=response.status_code,
-            duration_ms=round(duration * 1000, 2),
-            **line,
-        )
+        RESPONSES[log_fields.get("error") or "success"].inc()
+        is_probe = path in ("/health", "/ready", "/metrics")
+        level = logging.ERROR if status >= 500 else logging.DEBUG if is_probe else logging.INFO
+        if log.isEnabledFor(level):
+            line = {
+                **log_fields,
+                "method": environ["REQUEST_METHOD"],
+                "path": path,
+                "client": client,
+                "status": status,
+                "duration_ms": round(duration * 1000, 2),
+            }
+            extra = {name: value for name, value in line.items() if value is not None}
+            log.log(level, "request", extra=extra)
         if exchange.spans:
-            self.tracing.end(exchange, response.status_code, client)
+            self.tracing.end(exchange, status, client)
         return response
 
     def process(self) -> Response:
+        """POST /process. The response is made when SQS has responded."""
         exchange = g.exchange
         exchange.is_measured = True
         REQUESTS_IN_FLIGHT.inc()
-        message_id = exchange.delivery = self.take_message(exchange)
+        delivery = exchange.delivery = self.take_message(exchange)
 
         def respond() -> Response:
             try:
-                exchange.line["message_id"] = message_id.result()
+                message_id = exchange.log_fields["message_id"] = delivery.result()
             except Exception as error:
                 return self.finish(exchange, self.error_response(exchange, error))
             body = {
                 "status": "success",
                 "message": "Email data processed and queued",
-                "message_id": exchange.line["message_id"],
+                "message_id": message_id,
             }
             return self.finish(exchange, json_response(body))
 
-        return DeferredResponse(message_id, respond)
+        return DeferredResponse(delivery, respond)
 
     def take_message(self, exchange: Exchange) -> Delivery:
-        """Read and check the request, and publish its message."""
+        """Read and check the request, and publish its message. Raises ApiError."""
         body = read_body(self.settings.max_request_bytes)
         check_media_type(request)
         members, data = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
             raise ApiError("token_required")
-        parameter = self.tokens.accepts(token) if isinstance(token, str) else None
+        parameter = self.tokens.parameter_of(token) if isinstance(token, str) else None
         if parameter is None:
             raise ApiError("invalid_token")
-        exchange.line["token_parameter"] = parameter
+        exchange.log_fields["token_parameter"] = parameter
         TOKENS_ACCEPTED.labels(parameter).inc()
-        validate_data(members.pop("data", None))  # which frees its memory
+        validate_data(members.pop("data", None))  # pop: frees the parsed data
         if exchange.spans:
             self.tracing.publish(exchange)
         return self.publisher.publish(
             Message(
                 body=ascii_json(data),
-                request_id=exchange.line["request_id"],
+                request_id=exchange.log_fields["request_id"],
                 idempotency_key=header_text(exchange.environ.get("HTTP_IDEMPOTENCY_KEY", "")),
                 trace_header=exchange.trace_header,
             )
         )
 
     def health(self) -> Response:
+        """GET /health, for the liveness probe: no call of AWS."""
         now = datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="microseconds")
         return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
 
     def ready(self) -> Response:
+        """GET /ready, for the startup probe: 503 until this worker has reached SSM and SQS."""
         self.refresh()
         missing = {}
         if not self.tokens.ready:
             missing["token_store_unavailable"] = (
-                f"The token has not been read yet: {self.tokens.reason}"
+                f"The token has not been read yet: {self.tokens.missing_because}"
             )
         if not self.publisher.max_message_bytes:
-            reason = self.publisher.problem or "sqs:GetQueueAttributes is in progress"
+            reason = self.publisher.last_failure or "sqs:GetQueueAttributes is in progress"
             missing["queue_unavailable"] = f"The queue has not been reached yet: {reason}"
         if missing:
             raise ApiError(next(iter(missing)), "; ".join(missing.values()))
         return json_response({"status": "ready", "service": SERVICE})
 
     def metrics(self) -> Response:
+        """GET /metrics, for Prometheus: all workers of the pod together."""
         return Response(metrics_text(), content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     def index(self) -> Response:
+        """GET /: the build and the endpoints."""
         endpoints = sorted(
             f"{method} {rule.rule}"
             for rule in self.url_map.iter_rules()
@@ -434,24 +454,29 @@ class Service(Flask):
         return json_response({"service": SERVICE, **build, "endpoints": endpoints})
 
     def openapi(self) -> Response:
+        """GET /openapi.json: the description of the API."""
         return Response(openapi_document(), mimetype="application/json")
 
     def docs(self) -> Response:
+        """GET /docs: a page to read and try the API."""
         return Response(_DOCS_PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
 
     def docs_asset(self, asset: str) -> Response:
+        """GET /docs/<asset>: a file of Swagger UI."""
         kind = "text/css" if asset.endswith(".css") else "text/javascript"
         return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
     def handle_error(self, error: Exception) -> Response:
+        """Flask calls this for an exception of a view or of routing."""
         return self.error_response(g.exchange, error)
 
     def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
-        """The response to a request that Flask did not handle: Gunicorn could not parse it."""
+        """The response to a request that never reached Flask, such as malformed HTTP."""
         exchange = self.new_exchange(environ)
         return self.finish(exchange, self.error_response(exchange, error))
 
     def error_response(self, exchange: Exchange, error: Exception) -> Response:
+        """The response for an exception: 500, except for ApiError and Werkzeug's 4xx."""
         headers = {}
         if isinstance(error, ApiError):
             api_error = error
@@ -469,18 +494,18 @@ class Service(Flask):
             headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
         elif api_error.status == 401:
             headers["WWW-Authenticate"] = AUTHENTICATE
-        exchange.line |= {"error": api_error.code, "cause": api_error.cause}
-        body = api_error.body(exchange.line["request_id"])
+        exchange.log_fields |= {"error": api_error.code, "cause": api_error.cause}
+        body = api_error.body(exchange.log_fields["request_id"])
         response = json_response(body, api_error.status)
         response.headers.update(headers)
         return response
 
 
 class DeferredResponse(Response):
-    """A response that is made when a future is done; also its own WSGI iterable.
+    """A response that is made when a future is done. It is also its WSGI iterable.
 
-    Under any WSGI server, iterating blocks until SQS has responded; start_response is called only
-    then, as PEP 3333 allows. worker.py calls add_done_callback, and iterates afterwards.
+    Under any WSGI server, the iteration waits for the future, and then calls start_response, as
+    PEP 3333 allows. worker.py calls add_done_callback instead, and iterates after the callback.
     """
 
     def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
@@ -496,39 +521,19 @@ class DeferredResponse(Response):
         return iter(self._make_response()(*self._arguments))
 
 
-def header_text(value: str) -> str:
-    """A header's value as text: WSGI gives each byte as a character; UTF-8 is decoded.
-
-    SQS rejects U+FFFE and U+FFFF: a value with one of them stays undecoded.
-    """
-    with suppress(UnicodeDecodeError):
-        text = value.encode("latin-1").decode()
-        value = value if re.search("[\ufffe\uffff]", text) else text
-    return value.strip()
-
-
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
+    """A response with a JSON body."""
     return Response(json.dumps(body), status, mimetype="application/json")
-
-
-@functools.cache
-def openapi_document() -> str:
-    return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
-
-
-@functools.cache  # slow readers share one copy
-def docs_file(name: str) -> bytes:
-    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
 
 
 # --- Read the body --------------------------------------------------------------------------------
 
 
 def read_body(limit: int) -> bytes:
-    """The body of the current request, of at most `limit` bytes.
+    """The body of the current request, at most `limit` bytes.
 
-    Raises ApiError: request_too_large, request_timeout or overloaded, or invalid_json for a body
-    that is truncated.
+    Raises ApiError: request_too_large, request_timeout, overloaded, or invalid_json for a truncated
+    body.
     """
     if error := request.environ.get("worker.error"):  # worker.py did not receive the body
         raise error
@@ -537,13 +542,24 @@ def read_body(limit: int) -> bytes:
     if declared <= limit:
         try:
             body = request.stream.read(limit + 1)
-        except Exception:  # of the server, for a truncated body or a malformed chunk
+        except Exception:  # Gunicorn's and Werkzeug's, for a truncated body or a malformed chunk
             declared = len(body) + 1
     if max(declared, len(body)) > limit:
         raise ApiError("request_too_large", f"The request body is larger than {limit} bytes.")
     if len(body) < declared:
         raise ApiError("invalid_json", "The request body is truncated or not well-formed HTTP.")
     return bytes(body)
+
+
+def check_media_type(request: Request) -> None:
+    """Check that the body is JSON without compression. Raises ApiError unsupported_media_type."""
+    if not request.is_json:
+        raise ApiError("unsupported_media_type")
+    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
+        codings = request.headers.get(header, "").lower().split(",")
+        if any(coding.strip() not in ("", plain) for coding in codings):
+            message = f"The {header} must be {plain} or absent: send the body uncompressed."
+            raise ApiError("unsupported_media_type", message)
 
 
 # --- Parse ----------------------------------------------------------------------------------------
@@ -556,8 +572,8 @@ def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# The queue gets the original text. Parsed numbers are for validation only: 20 digits show that an
-# integer is out of range (int() raises for more than 4,300); a fraction is never valid.
+# The queue gets the original text, and parsed numbers are only validated. So 20 digits of an
+# integer are enough (int() raises for more than 4,300), and every fraction may become NaN.
 _scan_value = json.JSONDecoder(
     parse_int=lambda digits: int(digits[:20]),
     parse_float=lambda _: math.nan,
@@ -569,21 +585,10 @@ _to_lists = bytes.maketrans(b"{}", b"[]")
 _all_but_brackets = bytes(set(range(256)) - set(b"[]"))
 
 
-def check_media_type(request: Request) -> None:
-    """Raises ApiError unsupported_media_type, also for a body that is compressed."""
-    if not request.is_json:
-        raise ApiError("unsupported_media_type")
-    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
-        codings = request.headers.get(header, "").lower().split(",")
-        if any(coding.strip() not in ("", plain) for coding in codings):
-            message = f"The {header} must be {plain} or absent: send the body uncompressed."
-            raise ApiError("unsupported_media_type", message)
-
-
 def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
-    """The members of the request's JSON object, and the source text of its "data".
+    """The members of the request's JSON object, and the original text of its "data".
 
-    The parsed "data", written out again, would have 1.1 for 1.10 and Infinity for 1e400.
+    Parsing and writing "data" would change values: 1.10 to 1.1, and 1e400 to Infinity.
 
     Raises ApiError invalid_json.
     """
@@ -597,14 +602,14 @@ def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
 
     try:
         text = body.decode("utf-8-sig")  # without PowerShell's byte order mark
-        # One emoji makes each character take four bytes. The parser takes up to 6.25 for each of a
-        # string, beside the text.
+        # One emoji makes Python store four bytes for each character of the text. The parser needs
+        # up to 6.25 bytes more for each character of a string.
         if sys.getsizeof(text) + 6.25 * len(text) > 16 * 2**20:
             text = ascii_json(text)
         brace = _space_and_brace(text)
         if not brace:
             raise ApiError("invalid_json", "The request body is not a JSON object.")
-        # json's own parser of an object. Its C version does not report where members are.
+        # The json module's parser in Python: the C version does not report a member's position.
         members, end = json.decoder.JSONObject(  # type: ignore[attr-defined]
             (text, brace.end()), True, scan_member, None, list
         )
@@ -623,16 +628,16 @@ def parse_request(body: bytes) -> tuple[dict[str, Any], str]:
 def check_json_limits(body: bytes) -> None:
     """Limit depth and number of values before the parse: `[]` takes 30 times its text in memory.
 
-    Brackets and commas in strings do not count. If the body is not JSON, the counts hold up to its
-    first error, where the parser stops.
+    Brackets and commas in strings do not count. If the body is not JSON, the counts are right up to
+    the first error, where the parser stops.
 
     Raises ApiError invalid_json.
     """
     brackets = body.count(b"[") + body.count(b"{")
     if brackets <= MAX_JSON_DEPTH and brackets + body.count(b",") < MAX_JSON_VALUES:
-        return  # with the strings, which an ordinary email need not pay to remove
-    # Without escapes, each part at an even index is outside of strings. 10,000 values have at most
-    # 20,000 strings, with their names, and so 40,000 quotes: no further split is needed.
+        return  # the common case: even with the strings, the counts are within the limits
+    # Without escapes, the parts at even indexes are outside of strings. 10,000 values and their
+    # names are at most 20,000 strings, with 40,000 quotes: more parts are over the limit.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_JSON_VALUES + 1)
     lists = b'"'.join(parts[::2]).translate(_to_lists, b" \t\n\r")
     values = 1 + lists.count(b"[") + lists.count(b",") - lists.count(b"[]")
@@ -646,24 +651,24 @@ def check_json_limits(body: bytes) -> None:
         raise ApiError("invalid_json", message)
 
 
-# From a character beyond ASCII on, in parts of less than 1 MiB. Control characters are valid only
-# between strings, of which check_json_limits allows few.
+# Text from a character beyond ASCII on, in parts of less than 1 MiB. A part ends at a control
+# character: in JSON, these are only between strings, and check_json_limits limits the strings.
 _not_ascii = re.compile(r"[^\x00-\x7f][^\x00-\x1f]{,99999}")
 
 
 def ascii_json(text: str) -> str:
-    """The same JSON with characters beyond ASCII escaped: SQS rejects some of them.
+    """The same JSON with the characters beyond ASCII escaped: SQS rejects some of them.
 
-    A function call for each would take 370 ms for 2 MiB of them.
+    Escapes long parts at once: a function call for each character would take 370 ms for 2 MiB.
     """
 
     def escape(found: re.Match[str]) -> str:
-        # Also escapes the backslashes and quotes, which are JSON's own here.
+        # encode_basestring_ascii also escapes the part's backslashes and quotes: undo that.
         return encode_basestring_ascii(found[0]).replace(r"\\", "\\").replace(r"\"", '"')[1:-1]
 
     if text.isascii():
         return text
-    # Valid JSON never reaches the count: only a text with control characters in strings does.
+    # Valid JSON has fewer parts than `count`, which limits the time for any other text.
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
@@ -671,14 +676,14 @@ def ascii_json(text: str) -> str:
 
 
 class TokenStore:
-    """The tokens that SSM Parameter Store holds, cached.
+    """A cache of the tokens in SSM Parameter Store.
 
-    SSM allows 40 reads a second for a whole account and region, so a request does not read it. A
-    read starts when the cache is nearly `cache_seconds` old, and when a token does not match (it
-    may be new), but only one at a time, and none within READ_INTERVAL seconds of the last (or
-    `cache_seconds`, if that is less). A known token stays valid while a read is in progress; a
-    request waits for SSM only with an unknown token. While SSM fails, the last known tokens stay
-    valid. A parameter that SSM no longer has is not a failure: its token stops working.
+    SSM allows 40 reads a second for a whole account and region, so requests share reads. A read
+    starts when the cache is nearly `cache_seconds` old, and for an unknown token, which may be new.
+    One read is in progress at a time, and reads are READ_INTERVAL seconds apart (or
+    `cache_seconds`, if that is less). Only a request with an unknown token waits for a read. While
+    SSM fails, the last known tokens stay valid. If SSM no longer has a parameter, its token becomes
+    invalid at once.
     """
 
     READ_INTERVAL = 5.0
@@ -700,22 +705,22 @@ class TokenStore:
         self._clock = clock
         self._jitter = jitter
         self._lock = threading.Lock()
-        self._tokens: tuple[tuple[str, bytes], ...] = ()  # with the parameter's configured name
+        self._tokens: tuple[tuple[str, bytes], ...] = ()  # (the parameter's configured name, token)
         self._warned: set[tuple[str, str]] = set()
         self._attempted_at = self._due_at = -math.inf
         self._read_in_progress: Future[None] | None = None
         self.ready = False  # a token was read at least once
-        self.problem: str | None = None  # why the last read failed
-        self.reason = "SSM has not responded yet"  # why there is no token
+        self.last_failure: str | None = None  # why the last read failed
+        self.missing_because = "SSM has not responded yet"  # why there is no token
 
-    def accepts(self, token: str) -> str | None:
-        """The name of the parameter that holds the token, as configured; None if there is none.
+    def parameter_of(self, token: str) -> str | None:
+        """The configured name of the parameter that holds the token; None for an invalid token.
 
-        Raises ApiError token_store_unavailable.
+        Raises ApiError token_store_unavailable, if no token was ever read.
         """
         name = self._matches(token)
         if name is None or self._clock() >= self._due_at:
-            was_failing = self.problem is not None
+            was_failing = self.last_failure is not None
             read, is_new = self._start_read()
             # While SSM fails, at most one request waits for it at a time.
             if read and name is None and (is_new or not was_failing):
@@ -726,7 +731,7 @@ class TokenStore:
         return name
 
     def refresh(self) -> None:
-        """Start a read if the tokens are nearly too old, or not yet known."""
+        """Start a read if the tokens are not known, or nearly `cache_seconds` old."""
         if self._clock() >= self._due_at:
             self._start_read()
 
@@ -737,7 +742,7 @@ class TokenStore:
         return names[0] if names else None
 
     def _start_read(self) -> tuple[Future[None] | None, bool]:
-        """The read in progress, if there is one, and whether it was started here."""
+        """The read in progress, if any, and whether this call has started it."""
         with self._lock:
             read = self._read_in_progress
             if read and not read.done():
@@ -760,35 +765,37 @@ class TokenStore:
                 for token in self._tokens_of(parameter)
             ]
         except Exception as error:  # a malformed response may raise any exception
-            self.problem = self.reason = f"ssm:GetParameters failed: {cause_of(error)}"
+            self.last_failure = self.missing_because = (
+                f"ssm:GetParameters failed: {cause_of(error)}"
+            )
             TOKEN_READS["failure"].inc()
             instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
-            self._attempted_at = self._clock()  # the end of the read: a slow failure counts once
+            self._attempted_at = self._clock()  # the end: a failed read may take seconds
             return
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
         empty = [name for name in self._names if name not in missing]
-        self.reason = "; ".join(
+        self.missing_because = "; ".join(
             f"{text} {', '.join(names)}"
             for text, names in (("SSM does not have", missing), ("there is no token in", empty))
             if names
         )
         TOKEN_READ_TIMESTAMP.set_to_current_time()
-        # In the configured order, which decides when parameters hold the same token.
+        # In the configured order: if several parameters hold one token, the first is reported.
         self._tokens = tuple(sorted(tokens, key=lambda pair: self._names.index(pair[0])))
         self.ready = self.ready or bool(tokens)
         if self.ready:
-            # Between 70 % and 90 % of the cache's age, so that workers do not read in step.
+            # After 70 % to 90 % of the time, so that workers do not read at the same moment.
             self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
         self._attempted_at = self._clock()
-        self.problem = None
+        self.last_failure = None
         TOKEN_READS["success"].inc()
 
     def _configured_name(self, parameter: dict[str, Any]) -> str:
-        """The parameter's name as configured: perhaps an ARN, or with a version or label.
+        """The configured name, which may be an ARN, and may end in a version or a label.
 
-        SSM returns the version or label apart, as Selector; emulators leave it out.
+        SSM returns version or label in Selector; emulators omit it.
         """
         spelled = {parameter.get("Name"), parameter.get("ARN")}
         selected = {f"{name}{parameter.get('Selector', '')}" for name in spelled}
@@ -797,7 +804,7 @@ class TokenStore:
         return (exact or close or self._names)[0]
 
     def _tokens_of(self, parameter: dict[str, Any]) -> list[str]:
-        """A parameter's tokens. A probable mistake in the value is logged once."""
+        """A parameter's tokens. Logs a warning for a probable mistake in the value, once."""
         kind, value = parameter.get("Type", "SecureString"), parameter["Value"]
         values = value.split(",") if kind == "StringList" else [value]
         tokens = [without_space(value) for value in values]
@@ -828,11 +835,11 @@ TIMESTAMP_RANGE = range(946_684_800, 4_102_444_800 + 1)  # 2000-01-01 to 2100-01
 
 
 def is_space(character: str) -> bool:
-    """Whether the character is white space, a control or a format character (U+200B, U+FEFF)."""
+    """Whether the character is white space, or a control or format character such as U+200B."""
     return character.isspace() or unicodedata.category(character) in ("Cc", "Cf")
 
 
-# Further letters and marks without a shape: Unicode's Default_Ignorable_Code_Point, of
+# Letters and marks without a visible shape: Unicode's Default_Ignorable_Code_Point, from
 # DerivedCoreProperties.txt 17.0, and the blank Braille pattern.
 _is_blank = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2065\u2800\u3164\ufe00-\ufe0f"
@@ -841,6 +848,7 @@ _is_blank = re.compile(
 
 
 def is_visible(character: str) -> bool:
+    """Whether the character has a visible shape."""
     return not is_space(character) and not _is_blank(character)
 
 
@@ -851,7 +859,10 @@ def without_space(text: str) -> str:
 
 
 def validate_data(data: Any) -> None:
-    """Check the four fields. Raises ApiError invalid_data or invalid_timestamp."""
+    """Check the four fields. Raises ApiError invalid_data or invalid_timestamp, with all problems.
+
+    A new field needs its name in FIELDS, openapi.yaml and README.md.
+    """
     if not isinstance(data, dict):
         raise ApiError("invalid_data", '"data" is missing or not an object.')
     problems = {}
@@ -860,7 +871,7 @@ def validate_data(data: Any) -> None:
         if value is None:
             problems[name] = f"{name} is missing"
         elif isinstance(value, str):
-            # A long text may be all spaces: then once for each distinct character.
+            # The second check is for a long text that begins with spaces.
             if not any(map(is_visible, value[:1000])) and not any(map(is_visible, set(value))):
                 problems[name] = f"{name} is empty"
         elif name != "email_timestream":
@@ -874,7 +885,10 @@ def validate_data(data: Any) -> None:
 
 
 def timestamp_rule(value: Any) -> str | None:
-    """The rule that a Unix timestamp (a JSON integer, or a string of ASCII digits) breaks."""
+    """The rule that the value breaks, or None for a valid Unix timestamp in seconds.
+
+    Valid are a JSON integer and a string of ASCII digits.
+    """
     if isinstance(value, str) and re.fullmatch("[0-9]+", value):
         # int() raises for more than 4,300 digits; leading zeros do not count.
         value = int(value.lstrip("0")[:20] or "0")
@@ -893,7 +907,7 @@ def timestamp_rule(value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Message:
-    """The message of one request."""
+    """The content of an SQS message."""
 
     body: str  # JSON in ASCII
     request_id: str
@@ -903,7 +917,8 @@ class Message:
     def entry(self, fifo: bool) -> tuple[dict[str, Any], int]:
         """The arguments of SendMessage, and the message's size in bytes.
 
-        SQS counts the body, and the attributes' names, types and values; not a system attribute.
+        SQS counts the body and the names, types and values of the attributes, except system
+        attributes.
         """
         values = {
             "ContentType": "application/json",
@@ -930,10 +945,10 @@ class Message:
         return entry, size
 
     def deduplication_id(self) -> str:
-        """The idempotency key, or a new id: several messages may share a request id, and SQS would
-        drop all except the first.
+        """The idempotency key, or a new id.
 
-        SQS takes 1 to 128 letters, digits and ASCII punctuation; any other key goes hashed.
+        Never the request id: messages may share it, and SQS would drop all except the first. SQS
+        accepts 1 to 128 letters, digits and ASCII punctuation; any other key is hashed.
         """
         key = self.idempotency_key or f"{random.getrandbits(128):032x}"
         if re.fullmatch(r"[!-~]{1,128}", key):
@@ -944,14 +959,14 @@ class Message:
 TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
-def is_about_the_queue(error: Exception) -> bool:
-    """Whether the caller or the queue is the cause, so that a retry of each message cannot help."""
+def concerns_every_message(error: Exception) -> bool:
+    """Whether the cause is the caller's permission or the queue: separate retries cannot help."""
     status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status == 403 or cause_of(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
 
 
-def result_of(results: list[str | Exception]) -> str:
-    """How a call ended, as a label of its metric."""
+def call_result(results: list[str | Exception]) -> str:
+    """The metric's label for the results of a call's messages."""
     failures = [result for result in results if isinstance(result, Exception)]
     if len(failures) < len(results):
         return "partial" if failures else "success"
@@ -961,10 +976,10 @@ def result_of(results: list[str | Exception]) -> str:
 
 
 class Delivery(Future[str]):
-    """Gives the MessageId once SQS has the message, or raises ApiError."""
+    """The future of a message: the MessageId once SQS has the message, or an ApiError."""
 
     attempts = 0
-    batch_size = 0  # of the last call
+    batch_size = 0  # messages in the last call
 
 
 @dataclass(slots=True, eq=False)
@@ -976,41 +991,40 @@ class Pending:
     request_id: str
     deadline: float
     send_separately: bool = False  # SQS rejected a batch that contained it
-    message_id: Delivery = field(default_factory=Delivery)
+    delivery: Delivery = field(default_factory=Delivery)
 
 
 class Publisher:
-    """Puts messages into the queue; messages that arrive together share a call.
+    """Sends messages to the queue. Messages that arrive together share a call (group commit).
 
-    A call costs nearly the same for ten messages as for one. So a worker makes at most CALLS at
-    once while fewer than ten messages wait; those that arrive meanwhile go together in the next
-    call (group commit). No timer delays a message: while fewer than two calls are in flight, it is
-    sent at once. With two calls instead of one, a slow call delays no other message; a third would
-    make batches smaller.
+    A call costs nearly the same for ten messages as for one. While SMALL_BATCH_CALLS calls are in
+    flight, messages wait, and go together in the next call. Only ten waiting messages start a
+    further call. No timer delays a message. With one call instead of two, a slow call would delay
+    every other message; with three, batches would be smaller.
 
-    SQS counts as down (the circuit is open) when a call times out and no other call got a response
-    meanwhile, or when FAILURES calls in a row fail for a reason that may pass. While the circuit is
-    open, every message is rejected at once, except one short probe at a time: first the message
-    whose call opened the circuit, then one PROBE_SECONDS after the last. Any response closes
-    the circuit, except a 5xx or throttling.
+    The circuit opens when a call times out and no other call got a response in that time, or when
+    FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is open, every
+    message is rejected at once, except one short probe at a time: first the message whose call
+    opened the circuit, then one message PROBE_SECONDS after the last probe. Any response closes the
+    circuit, except a 5xx or throttling.
 
-    Messages for a FIFO queue are sent in the order of their arrival, but a retry comes after those
-    that were sent with it. A client that waits for each response sees its order kept.
+    A FIFO queue gets messages in the order of their arrival, except that a retried message comes
+    after the other messages of its batch. A client that waits for each response keeps its order.
     """
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
-    MAX_PENDING_BYTES = 2**25  # of a worker; four of them have 512 MiB
-    CALLS = 2
-    ATTEMPTS = 3
-    SECONDS = 5.0  # from arrival to the last attempt's start
-    FAILURES = 10  # if three calls in ten fail by chance, ten in a row come once in 170,000
+    MAX_PENDING_BYTES = 2**25  # of a worker: 128 MiB of a pod's 512 MiB for four workers
+    SMALL_BATCH_CALLS = 2  # calls in flight while fewer than MAX_ENTRIES messages wait
+    MAX_ATTEMPTS = 3
+    RETRY_SECONDS = 5.0  # from arrival to the last attempt's start
+    FAILURES_TO_OPEN = 10  # if three calls in ten fail by chance, ten in a row come once in 170,000
     PROBE_SECONDS = 0.25
-    READ_INTERVAL = 5.0  # seconds between two reads of the queue's limit
+    READ_INTERVAL = 5.0  # seconds between two reads of MaximumMessageSize
 
     def __init__(
         self,
         sqs: Any,
-        probe: Any,  # the same with less time for a call, while the circuit is open
+        probe: Any,  # the same client with a shorter deadline, for probes
         queue_url: str,
         calls_in_flight: int,
         executor: Executor,  # of the calls
@@ -1019,14 +1033,14 @@ class Publisher:
     ) -> None:
         self._sqs, self._probe, self._queue_url = sqs, probe, queue_url
         self._fifo = queue_url.endswith(".fifo")
-        self._calls_in_flight = 1 if self._fifo else calls_in_flight  # in order: one by one
+        self._max_calls = 1 if self._fifo else calls_in_flight  # FIFO: one call keeps the order
         self._executor = executor
         self._clock, self._pause = clock, pause
         self.max_message_bytes: int | None = None  # the queue's; None until it is known
-        self.problem: str | None = None  # why the last read of it failed
+        self.last_failure: str | None = None  # of reading max_message_bytes
         self._read_lock = threading.Lock()
-        self._attempted_at = -math.inf
-        self._lock = threading.Lock()  # of all that follows
+        self._read_at = -math.inf
+        self._lock = threading.Lock()  # for all attributes below
         self._waiting: deque[Pending] = deque()
         self._pending_bytes = 0
         self._in_flight = 0  # calls
@@ -1038,44 +1052,44 @@ class Publisher:
         self._probe_batch: list[Pending] | None = None  # in flight
 
     def publish(self, message: Message) -> Delivery:
-        """Queue the message.
+        """Add the message to those that wait for a call, and return without waiting.
 
-        The delivery, or this call, raises ApiError: message_too_large by the queue's own limit,
-        queue_unavailable, or overloaded.
+        This method or the delivery raises ApiError: message_too_large (by the queue's
+        MaximumMessageSize), queue_unavailable, or overloaded.
         """
         entry, size = message.entry(self._fifo)
-        pending = Pending(entry, size, message.request_id, self._clock() + self.SECONDS)
+        pending = Pending(entry, size, message.request_id, self._clock() + self.RETRY_SECONDS)
         if self.max_message_bytes and size <= self.max_message_bytes:
             self._add(pending)
         else:
             self._executor.submit(self._add_after_read, pending)
-        return pending.message_id
+        return pending.delivery
 
     def read_limit(self) -> None:
-        """Read the queue's MaximumMessageSize, unless that is in progress or was just done."""
+        """Read MaximumMessageSize, unless a read is in progress or READ_INTERVAL has not passed."""
         if not self._read_lock.acquire(blocking=False):
             return
         try:
-            if self._clock() - self._attempted_at < self.READ_INTERVAL:
+            if self._clock() - self._read_at < self.READ_INTERVAL:
                 return
-            self._attempted_at = self._clock()
+            self._read_at = self._clock()
             response = self._sqs.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["MaximumMessageSize"]
             )
             self.max_message_bytes = int(response["Attributes"]["MaximumMessageSize"])
-            self.problem = None
+            self.last_failure = None
         except Exception as error:  # a malformed response may raise any exception
-            self.problem = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
+            self.last_failure = f"sqs:GetQueueAttributes failed: {cause_of(error)}"
             log.error("queue not reached", extra={"cause": detail_of(error)})
         finally:
             self._read_lock.release()
 
     def refresh_limit(self) -> None:
-        """Start to read the queue's MaximumMessageSize."""
+        """Start a read of MaximumMessageSize."""
         self._executor.submit(self.read_limit)
 
     def _add_after_read(self, pending: Pending) -> None:
-        """Add a message, unless the limit of now rejects it: the queue's owner may raise it."""
+        """Read the limit again before rejecting a message: the queue's owner may have raised it."""
         self.read_limit()
         try:
             # While the limit is not known, SQS decides.
@@ -1084,7 +1098,7 @@ class Publisher:
                 raise ApiError("message_too_large", f"The message {reason}")
             self._add(pending)
         except ApiError as error:
-            pending.message_id.set_exception(error)
+            pending.delivery.set_exception(error)
 
     def _add(self, pending: Pending) -> None:
         with self._lock:
@@ -1100,15 +1114,15 @@ class Publisher:
             self._executor.submit(self._send_batches, batch)
 
     def _may_start(self) -> bool:
-        """Whether a call may start beside those in flight. Locked."""
+        """Whether a further call may start now. The caller holds the lock."""
         if self._open:
             return self._probe_batch is None and self._clock() >= self._probe_at
         is_full = len(self._waiting) >= self.MAX_ENTRIES
-        calls = self._calls_in_flight if is_full else min(self.CALLS, self._calls_in_flight)
-        return self._in_flight < calls
+        max_calls = self._max_calls if is_full else min(self.SMALL_BATCH_CALLS, self._max_calls)
+        return self._in_flight < max_calls
 
     def _next_batch(self) -> list[Pending]:
-        """The messages of the call that starts now; none if no call may start. Locked."""
+        """The messages of the next call; empty if no call may start. The caller holds the lock."""
         batch, size = list[Pending](), 0
         if not self._waiting or not self._may_start():
             return batch
@@ -1125,83 +1139,78 @@ class Publisher:
         return batch
 
     def _send_batches(self, batch: list[Pending]) -> None:
-        """Make calls one after the other while messages wait. Runs in a thread of the executor."""
+        """Make one call after another while messages wait. Runs in a thread of the executor."""
         while batch:
             unavailable = ApiError("queue_unavailable")
             outcomes: dict[Pending, str | ApiError] = {}
-            again: list[Pending] = []
+            retries: list[Pending] = []
             try:
-                again = self._send(batch, outcomes)
+                retries = self._send(batch, outcomes)
             except Exception:
                 log.exception("unhandled exception")
                 for pending in batch:
                     outcomes.setdefault(pending, unavailable)
             with self._lock:
-                self._waiting.extendleft(reversed(again))  # in front, in their order
+                self._waiting.extendleft(reversed(retries))  # in front, in their order
                 if self._open and not self._may_start():
                     outcomes |= dict.fromkeys(self._waiting, unavailable)
                     self._waiting.clear()
                 self._pending_bytes -= sum(pending.size for pending in outcomes)
             for pending, outcome in outcomes.items():
                 if isinstance(outcome, str):
-                    pending.message_id.set_result(outcome)
+                    pending.delivery.set_result(outcome)
                 else:
-                    pending.message_id.set_exception(outcome)
+                    pending.delivery.set_exception(outcome)
             with self._lock:
                 self._in_flight -= 1
                 if batch is self._probe_batch:
                     self._probe_batch = None
                     self._probe_at = self._clock() + self.PROBE_SECONDS
                 batch = self._next_batch()
-                others = list(iter(self._next_batch, []))
-            for other in others:
-                self._executor.submit(self._send_batches, other)
+                further_batches = list(iter(self._next_batch, []))
+            for further in further_batches:
+                self._executor.submit(self._send_batches, further)
 
     def _send(self, batch: list[Pending], outcomes: dict[Pending, str | ApiError]) -> list[Pending]:
-        """Make one call, and add its outcomes. Returns the messages to send again, in order."""
-        if attempts := batch[0].message_id.attempts:
+        """Make one call.
+
+        Adds the final outcomes to `outcomes`, and returns the messages to retry, in order.
+        """
+        if attempts := batch[0].delivery.attempts:
             self._pause((1 + random.random()) * 0.025 * 2**attempts)  # noqa: S311
         began = self._clock()
         in_time = [pending for pending in batch if began < pending.deadline]
-        again = list[Pending]()
-        # The messages that failed, by cause and by whether they are sent again.
-        failed: dict[tuple[str, bool], list[Pending]] = {}
+        retries = list[Pending]()
+        failed: dict[tuple[str, bool], list[Pending]] = {}  # by (cause, whether to retry)
         if late := [pending for pending in batch if pending not in in_time]:
             failed["out of time", False] = late
         if in_time:
             results = self._call(in_time, self._probe if batch is self._probe_batch else self._sqs)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(in_time))
-            label = result_of(results)
+            label = call_result(results)
             SQS_CALLS[label].inc()
-            # One message may be at fault: each is sent separately.
-            is_whole = len(in_time) > 1 and all(result is results[0] for result in results)
+            # SQS rejects a whole batch for one message: retry each message separately.
+            is_batch_rejected = len(in_time) > 1 and all(result is results[0] for result in results)
             with self._lock:
                 for pending, result in zip(in_time, results, strict=True):
-                    pending.message_id.attempts += 1
-                    pending.message_id.batch_size = len(in_time)
+                    pending.delivery.attempts += 1
+                    pending.delivery.batch_size = len(in_time)
                     if isinstance(result, str):
                         outcomes[pending] = result
                         continue
-                    temporary = is_temporary(result)
-                    pending.send_separately |= is_whole and not temporary
-                    # The call that opens the circuit is repeated, as the probe; a probe is not.
-                    retried = (
-                        (temporary or (is_whole and not is_about_the_queue(result)))
-                        and not self._open
-                        and pending.message_id.attempts < self.ATTEMPTS
-                        and self._clock() < pending.deadline
-                    )
-                    failed.setdefault((detail_of(result), retried), []).append(pending)
+                    pending.send_separately |= is_batch_rejected and not is_temporary(result)
+                    retry = self._may_retry(pending, result, is_batch_rejected)
+                    failed.setdefault((detail_of(result), retry), []).append(pending)
                 cause = next(iter(failed), ("", False))[0]
                 if self._update_circuit(label, began, cause):
                     outcomes.update(dict.fromkeys(self._waiting, ApiError("queue_unavailable")))
                     self._waiting.clear()
-        for (cause, retried), messages in failed.items():
+        for (cause, retry), messages in failed.items():
             ids = [pending.request_id for pending in messages]
             extra = {"cause": cause, "messages": len(ids), "request_ids": ids}
-            if retried:
-                again += messages
+            if retry:
+                retries += messages
                 log.warning("messages not sent; they are sent again", extra=extra)
             else:
                 # The queue's limit may have been lowered since it was read.
@@ -1209,10 +1218,29 @@ class Publisher:
                 error = ApiError("message_too_large" if too_large else "queue_unavailable")
                 outcomes.update(dict.fromkeys(messages, error))
                 log.error("messages not sent", extra=extra)
-        return sorted(again, key=batch.index)
+        return sorted(retries, key=batch.index)
+
+    def _may_retry(self, pending: Pending, error: Exception, is_batch_rejected: bool) -> bool:
+        """Whether to send a message again. The caller holds the lock.
+
+        The messages of the call that opens the circuit are retried, as the first probe. Those of a
+        failed probe are not.
+        """
+        can_succeed = is_temporary(error) or (
+            is_batch_rejected and not concerns_every_message(error)
+        )
+        return (
+            can_succeed
+            and not self._open
+            and pending.delivery.attempts < self.MAX_ATTEMPTS
+            and self._clock() < pending.deadline
+        )
 
     def _update_circuit(self, label: str, began: float, cause: str) -> bool:
-        """Open or close the circuit after a call that began then; whether it opened. Locked."""
+        """Open or close the circuit after a call. Returns whether this call opened it.
+
+        The caller holds the lock.
+        """
         now = self._clock()
         if label not in ("timeout", "unavailable"):
             self._failures, self._responded_at = 0, now
@@ -1224,7 +1252,7 @@ class Publisher:
             return False
         self._failures += 1
         is_timeout = label == "timeout" and self._responded_at < began
-        if self._open or not (is_timeout or self._failures >= self.FAILURES):
+        if self._open or not (is_timeout or self._failures >= self.FAILURES_TO_OPEN):
             return False
         self._open, self._opened_at, self._probe_at = True, now, now
         SQS_CIRCUITS_OPEN.set(1)
@@ -1233,7 +1261,7 @@ class Publisher:
         return True
 
     def _call(self, batch: list[Pending], sqs: Any) -> list[str | Exception]:
-        """Each message's MessageId or its failure; the same for all if the call as one failed."""
+        """Each message's MessageId or failure. If the call itself failed, all have that failure."""
         try:
             if len(batch) == 1:
                 response = sqs.send_message(QueueUrl=self._queue_url, **batch[0].entry)
@@ -1257,9 +1285,9 @@ class Publisher:
 # --- Calls of AWS ---------------------------------------------------------------------------------
 
 
-# libcurl's options that pycurl has no name for.
+# Options of libcurl without a name in pycurl.
 CURLOPT_SUPPRESS_CONNECT_HEADERS, CURLOPT_QUICK_EXIT = 265, 322
-# libcurl's errors as boto3 calls them; any other is a ConnectionClosedError.
+# libcurl's errors by boto3's names. Any other error is a ConnectionClosedError.
 CURL_ERRORS: dict[int, type[BotoCoreError]] = {
     pycurl.E_COULDNT_RESOLVE_HOST: EndpointConnectionError,
     pycurl.E_COULDNT_CONNECT: EndpointConnectionError,
@@ -1270,17 +1298,17 @@ CURL_ERRORS: dict[int, type[BotoCoreError]] = {
 
 
 class AwsClient:
-    """The calls of SSM and SQS that the service makes, with the names of boto3's methods.
+    """A client of SSM or SQS, with the names of boto3's methods.
 
-    libcurl makes the calls: it signs them, keeps connections, and ends each call `seconds` after
-    its start, which includes the name lookup and the last byte of the response. boto3 needs five
-    times the CPU, and has no timeout for a complete call. Region, endpoint and credentials come
-    from boto3. Errors are botocore's: ClientError for an error of AWS, otherwise the kind of
-    network failure.
+    libcurl signs and makes the calls, and keeps connections open. A call has one deadline,
+    `seconds` after its start, which includes name lookup and the last byte of the response. boto3
+    needs five times the CPU, and has no deadline for a complete call. Region, endpoint and
+    credentials come from boto3. The methods raise botocore's errors: ClientError for an error
+    response of AWS, otherwise a BotoCoreError such as ConnectTimeoutError.
     """
 
     CONNECT_SECONDS = 1.0
-    MAX_RESPONSE_BYTES = 2**20  # ten results of a batch have 3 kB
+    MAX_RESPONSE_BYTES = 2**20  # the response to a batch of ten has 3 kB
 
     def __init__(
         self, service: str, region: str, credentials: Credentials, seconds: float = 3
@@ -1293,8 +1321,7 @@ class AwsClient:
         except (BotoCoreError, ValueError) as error:  # AWS's own variables and files
             detail = _secrets.sub("", str(error))
             raise SettingsError(f"The AWS configuration is unusable: {detail}") from None
-        # Of AWS_ENDPOINT_URL, FIPS or dual-stack. A second slash would be signed otherwise than
-        # sent.
+        # One slash at the end: libcurl signs a second one differently from what it sends.
         self.url = meta.endpoint_url.rstrip("/") + "/"
         self._credentials = credentials
         self._seconds = seconds
@@ -1305,20 +1332,20 @@ class AwsClient:
         ]
         if "awsQueryCompatible" in metadata:  # SQS then sends the error codes that boto3 shows
             self._headers.append("X-Amzn-Query-Mode: true")
-        # One thread at a time uses a handle, and none is made before the fork.
+        # One thread at a time uses a handle. Handles are made after the fork.
         self._handles: deque[tuple[pycurl.Curl, list[int]]] = deque()
         authorities = (
             session.get_config_variable("ca_bundle")
             or os.environ.get("REQUESTS_CA_BUNDLE")
             or certifi.where()
         )
-        # libcurl reads other variables, and reads them otherwise, than boto3.
+        # libcurl would take the proxy from other variables than boto3.
         self._proxy = proxy_of(self.url)
         self._options = {
             pycurl.URL: self.url,
             pycurl.POST: 1,
             pycurl.AWS_SIGV4: f"aws:amz:{meta.region_name}:{meta.service_model.signing_name}",
-            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # as a header it would be signed
+            pycurl.USERAGENT: f"{SERVICE}/{VERSION}",  # libcurl signs headers, and not this option
             pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
             pycurl.CONNECTTIMEOUT_MS: int(self.CONNECT_SECONDS * 1000),
             pycurl.DNS_CACHE_TIMEOUT: 0,  # a lookup for each new connection, as in boto3
@@ -1330,41 +1357,45 @@ class AwsClient:
             pycurl.PROXY: self._proxy,
             pycurl.NOPROXY: "",
             CURLOPT_SUPPRESS_CONNECT_HEADERS: 1,
-            # Otherwise a handle that is dropped waits for a lookup that hangs.
+            # Without this option, the destructor of a handle waits for a name lookup that hangs.
             CURLOPT_QUICK_EXIT: 1,
         }
 
     def within(self, seconds: float) -> AwsClient:
-        """The same client, whose calls may take this long."""
+        """The same client with another deadline for its calls."""
         client = copy.copy(self)
         client._seconds = seconds
         return client
 
-    def get_parameters(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSSM.GetParameters", given, tries=2)
+    def get_parameters(self, **arguments: Any) -> dict[str, Any]:
+        """SSM's GetParameters."""
+        return self._call("AmazonSSM.GetParameters", arguments, attempts=2)
 
-    def get_queue_attributes(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.GetQueueAttributes", given, tries=2)
+    def get_queue_attributes(self, **arguments: Any) -> dict[str, Any]:
+        """SQS's GetQueueAttributes."""
+        return self._call("AmazonSQS.GetQueueAttributes", arguments, attempts=2)
 
-    def send_message(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.SendMessage", given)
+    def send_message(self, **arguments: Any) -> dict[str, Any]:
+        """SQS's SendMessage, without retries: Publisher makes them."""
+        return self._call("AmazonSQS.SendMessage", arguments)
 
-    def send_message_batch(self, **given: Any) -> dict[str, Any]:
-        return self._call("AmazonSQS.SendMessageBatch", given)
+    def send_message_batch(self, **arguments: Any) -> dict[str, Any]:
+        """SQS's SendMessageBatch, without retries: Publisher makes them."""
+        return self._call("AmazonSQS.SendMessageBatch", arguments)
 
-    def _call(self, target: str, given: dict[str, Any], tries: int = 1) -> dict[str, Any]:
-        """Make the call; where it changes nothing, a second time if that may help."""
-        end = time.monotonic() + self._seconds
+    def _call(self, target: str, arguments: dict[str, Any], attempts: int = 1) -> dict[str, Any]:
+        """Make the call, and retry temporary errors until the deadline."""
+        deadline = time.monotonic() + self._seconds
         while True:
-            tries -= 1
+            attempts -= 1
             try:
-                return self._call_once(target, json.dumps(given).encode(), end)
+                return self._attempt(target, json.dumps(arguments).encode(), deadline)
             except Exception as error:
-                if not tries or not is_temporary(error) or time.monotonic() >= end:
+                if not attempts or not is_temporary(error) or time.monotonic() >= deadline:
                     raise
 
-    def _call_once(self, target: str, body: bytes, end: float) -> dict[str, Any]:
-        credentials = self._credentials.frozen()
+    def _attempt(self, target: str, body: bytes, deadline: float) -> dict[str, Any]:
+        credentials = self._credentials.current()
         headers = [*self._headers, f"X-Amz-Target: {target}"]
         if credentials.token:
             headers.append(f"X-Amz-Security-Token: {credentials.token}")
@@ -1375,7 +1406,7 @@ class AwsClient:
         head, parts = list[bytes](), list[bytes]()
         sends[0] = 0
         try:
-            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((end - time.monotonic()) * 1000)))
+            curl.setopt(pycurl.TIMEOUT_MS, max(1, int((deadline - time.monotonic()) * 1000)))
             curl.setopt(pycurl.USERNAME, credentials.access_key)
             curl.setopt(pycurl.PASSWORD, credentials.secret_key)
             curl.setopt(pycurl.HTTPHEADER, headers)
@@ -1391,12 +1422,12 @@ class AwsClient:
                 raise self._failure(error, sends[0] > 0, tunnel) from None
         finally:
             status = curl.getinfo(pycurl.RESPONSE_CODE)
-            # After an error too: libcurl repairs the handle, and dropping it may block.
+            # A handle is reusable after an error, and its destructor may block.
             self._handles.append((curl, sends))
         content = b"".join(parts)
         if status < 300:
             return json.loads(content)  # type: ignore[no-any-return]
-        if status == 407:  # without TLS there is no tunnel
+        if status == 407:  # the proxy of an http:// endpoint needs credentials
             denied = pycurl.error(pycurl.E_COULDNT_CONNECT, "response 407")
             raise self._failure(denied, sent=False, tunnel=False)
         lines = (line.decode("latin-1").partition(":") for line in head)
@@ -1416,8 +1447,8 @@ class AwsClient:
             curl.setopt(option, value)
 
         def before_sending(*_: object) -> int:
-            # When a kept connection ends before the response, libcurl would send the request again
-            # without a report: the queue could get a message twice.
+            # When a kept connection closes before the response, libcurl sends the request again by
+            # itself: the queue could get a message twice.
             sends[0] += 1
             return int(sends[0] > 1)  # PREREQFUNC_OK, or PREREQFUNC_ABORT
 
@@ -1430,10 +1461,16 @@ class AwsClient:
         if code == pycurl.E_OPERATION_TIMEDOUT:
             kind = ReadTimeoutError if sent else ConnectTimeoutError
         shown = ProxyConnectionError if self._proxy and not sent and not tunnel else kind
-        names = {"endpoint_url": self.url, "proxy_url": self._proxy, "error": ""}
-        failure: Exception = (kind if kind in TIMEOUTS else shown)(**names)
-        failure.args = (f"{shown(**names)} {text}",)
+        arguments = {"endpoint_url": self.url, "proxy_url": self._proxy, "error": ""}
+        failure: Exception = (kind if kind in TIMEOUTS else shown)(**arguments)
+        failure.args = (f"{shown(**arguments)} {text}",)
         return failure
+
+
+def proxy_of(url: str) -> str:
+    """The URL of the proxy that boto3 would use for this URL, or an empty text."""
+    proxy = str(get_environ_proxies(url).get(url.partition(":")[0], ""))
+    return f"http://{proxy}" if proxy and "//" not in proxy else proxy
 
 
 # --- Credentials ----------------------------------------------------------------------------------
@@ -1442,31 +1479,34 @@ class AwsClient:
 class CredentialProcess(subprocess.Popen[bytes]):
     """A profile's credential_process.
 
-    On Linux it ends, children included, with this process or after a minute. botocore would wait
-    without a limit, and show its error output, which may hold secrets.
+    On Linux the command and its children end with this process, and after a minute at the latest.
+    botocore has no timeout, and logs the command's error output, which may hold secrets.
     """
 
     LIMIT = "setpriv --pdeathsig TERM timeout --kill-after 1 60"
 
-    def __init__(self, command: list[str], **given: Any) -> None:
-        if shutil.which("setpriv") and shutil.which(command[0]):  # else the error names the file
+    def __init__(self, command: list[str], **options: Any) -> None:
+        # Without setpriv, the error for a missing command names the command.
+        if shutil.which("setpriv") and shutil.which(command[0]):
             command = [*self.LIMIT.split(), *command]
-        super().__init__(command, **given, stdin=subprocess.DEVNULL)
+        super().__init__(command, **options, stdin=subprocess.DEVNULL)
 
-    def communicate(self, *given: Any) -> tuple[bytes, bytes]:
-        output = super().communicate(*given)
+    def communicate(self, *arguments: Any) -> tuple[bytes, bytes]:
+        """Wait for the end. Raises CredentialRetrievalError for any exit status but 0."""
+        output = super().communicate(*arguments)
         if self.returncode:
-            text = f"status {self.returncode} (124: no end within 60 s); its errors are not shown"
+            text = f"status {self.returncode} (124: timeout of 60 s); error output is not logged"
             raise CredentialRetrievalError(provider="credential_process", error_msg=text)
         return output
 
 
 def reject_mfa(_: str) -> NoReturn:
+    """botocore calls this to ask for a code of multi-factor authentication."""
     text = "the profile has an mfa_serial, and a service cannot enter a code"
     raise CredentialRetrievalError(provider="assume-role", error_msg=text)
 
 
-# botocore has no setting for these parameters of its providers.
+# botocore has no settings for these parameters.
 botocore.credentials.ProcessProvider = functools.partial(
     botocore.credentials.ProcessProvider, popen=CredentialProcess
 )
@@ -1476,10 +1516,10 @@ botocore.credentials.AssumeRoleProvider = functools.partial(
 
 
 def aws_session(region: str) -> botocore.session.Session:
-    """A session with short timeouts for its own calls: a role's credentials come from STS.
+    """A session for this region, with short timeouts for its calls of STS.
 
-    botocore itself reads AWS_DEFAULT_REGION, which EKS does not set beside AWS_REGION: calls would
-    go to the global endpoint of STS.
+    Without a region, botocore reads AWS_DEFAULT_REGION, which EKS does not set, and calls the
+    global endpoint of STS.
     """
     session = botocore.session.get_session()
     session.set_config_variable("region", region)
@@ -1489,17 +1529,18 @@ def aws_session(region: str) -> botocore.session.Session:
     return session
 
 
-# AWS's codes for credentials that it does not accept, in the spellings of SSM, SQS and STS.
+# AWS's error codes for invalid credentials, in the spellings of SSM, SQS and STS.
 _is_about_credentials = re.compile("Token|Signature|UnrecognizedClient|AccessKeyId").search
-_is_key = re.compile("[!-~]+").fullmatch  # raises TypeError for a value that is not a text
+_is_key = re.compile("[!-~]+").fullmatch  # TypeError for a value that is not a string
 
 
 class Credentials:
     """AWS credentials as boto3 finds them: environment, files, a command, or a role through STS.
 
-    Any of these can hang, so a daemon thread finds and renews them. A call waits for the first ones
-    only, and at most WAIT_SECONDS. Known ones stay in use while their renewal is in progress or
-    fails. Others are searched for when AWS rejects the known ones, and while there are none.
+    Each source can hang, so a daemon thread finds and renews the credentials. Calls wait only for
+    the first search, at most WAIT_SECONDS. Credentials stay in use while their renewal is in
+    progress or fails. The thread searches again after AWS rejects the credentials, and as long as
+    there are none.
     """
 
     WAIT_SECONDS = 2.0
@@ -1512,29 +1553,28 @@ class Credentials:
         self._searched = threading.Event()
         self._found: Any = None
         self._rejected: Any = None
-        self._problem: Exception = CredentialRetrievalError(
+        self._last_failure: Exception = CredentialRetrievalError(
             provider="boto3", error_msg=f"none after {self.WAIT_SECONDS:g} s"
         )
 
-    def frozen(self) -> Any:
-        """Access key, secret key and session token. Raises what boto3 raised."""
+    def current(self) -> Any:
+        """Access key, secret key and session token. Raises boto3's error of the last search."""
         with self._lock:
-            if self._thread is None:  # not before the fork: it would stay behind in the master
-                self._thread = threading.Thread(target=self._keep, daemon=True)
+            if self._thread is None:  # started here, after the fork: threads are not forked
+                self._thread = threading.Thread(target=self._renew, daemon=True)
                 self._thread.start()
         if not self._searched.wait(self.WAIT_SECONDS):
             self._searched.set()  # later calls do not wait
         if self._found is None:
-            raise self._problem.with_traceback(
-                None
-            )  # otherwise the traceback would grow with each request
+            # Without the old traceback, to which each raise adds frames.
+            raise self._last_failure.with_traceback(None)
         return self._found
 
-    def reject(self, frozen: Any) -> None:
-        """Search for others: AWS does not accept these."""
-        self._rejected = frozen
+    def reject(self, credentials: Any) -> None:
+        """Search again, because AWS has rejected these credentials."""
+        self._rejected = credentials
 
-    def _keep(self) -> None:
+    def _renew(self) -> None:
         source = None
         while True:
             try:
@@ -1548,12 +1588,12 @@ class Credentials:
                     text = "a key is empty, or has a space, a line end or a character beyond ASCII"
                     raise CredentialRetrievalError(provider=source.method, error_msg=text)
                 self._found = found
-            except Exception as error:  # a file or a response of STS may be malformed in any way
-                source = None  # a file may be corrected
-                named = isinstance(error, BotoCoreError | ClientError | OSError)
-                if not named or type(error) is HTTPClientError:
+            except Exception as error:  # a malformed file or response may raise any exception
+                source = None  # search again: the file may be corrected
+                is_known = isinstance(error, BotoCoreError | ClientError | OSError)
+                if not is_known or type(error) is HTTPClientError:
                     error = CredentialRetrievalError(provider="boto3", error_msg=detail_of(error))
-                self._problem = error
+                self._last_failure = error
                 if self._found:
                     log.warning("credentials not renewed", extra={"cause": detail_of(error)})
             self._searched.set()
@@ -1564,74 +1604,77 @@ class Credentials:
 
 
 # AWS's error codes for throttling, and for a request that arrived too slowly.
-_is_passing = re.compile(
+_is_temporary_code = re.compile(
     "Throttl|TooManyRequests|LimitExceeded|SlowDown|RequestTimeout|PriorRequestNotComplete"
 ).search
 
-# A URL's user name and password, and output of servers and commands that are not AWS's.
+# User name and password in a URL, and output of commands and of servers other than AWS.
 _secrets = re.compile(
     "(?<=//).*@|(?<=Invalid endpoint: ).*@|(?<=from container metadata): .*|(?<=version) '.*'"
 )
-# Their texts quote names, types and positions, never a value; other ValueErrors may quote any.
-HARMLESS = (AttributeError, KeyError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
-_is_harmless = re.compile("Auth token value|Invalid endpoint|No closing|Unsupported host").match
-
-
-def proxy_of(url: str) -> str:
-    """The proxy that boto3 takes for the URL, or an empty text."""
-    proxy = str(get_environ_proxies(url).get(url.partition(":")[0], ""))
-    return f"http://{proxy}" if proxy and "//" not in proxy else proxy
+# The texts of these errors quote names, types and positions. Other ValueErrors may quote secrets.
+SAFE_TO_LOG = (
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    JSONDecodeError,
+    UnicodeDecodeError,
+)
+_is_safe_to_log = re.compile("Auth token value|Invalid endpoint|No closing|Unsupported host").match
 
 
 def cause_of(error: Exception) -> str:
-    """AWS's error code, or the text of a failure on the way there."""
+    """AWS's error code, or the text of a failure without a response of AWS."""
     if isinstance(error, ClientError):
         return str(error.response.get("Error", {}).get("Code", "Unknown"))
     return detail_of(error)
 
 
 def detail_of(error: Any) -> str:
-    """The cause for the log, without secrets: the text of AWS, botocore, the operating system or
-    Python. If it may quote a secret, the type of the error and the function that raised it.
+    """The error's text for the log, without secrets.
+
+    If the text may quote a secret: the error's type, and the function that raised it.
     """
-    if isinstance(error, ClientError):  # the next lines may quote the request with its token
+    if isinstance(error, ClientError):  # further lines may quote the request with its token
         return str(error).partition("\n")[0]
-    if type(error) is HTTPClientError:  # any other error, wrapped
+    if type(error) is HTTPClientError:  # wraps an error that is unknown to botocore
         error = error.kwargs["error"]
     name, text = type(error).__name__, _secrets.sub("", " ".join(str(error).split()))
     known = getattr(error, "kwargs", {})
-    # botocore does not distinguish a proxy that closes or hangs from the endpoint behind it.
+    # botocore reports a proxy that closes or hangs as if it were the endpoint.
     if proxy := "proxy_url" not in known and proxy_of(known.get("endpoint_url", "")):
         text += f' through proxy URL: "{_secrets.sub("", proxy)}"'
     if found := re.search(r"Tunnel connection failed: [\w ]+", str(known.get("error"))):
         text += f" {found[0]}"
     if isinstance(error, OSError | BotoCoreError):
         return text
-    if isinstance(error, HARMLESS) or _is_harmless(text):
+    if isinstance(error, SAFE_TO_LOG) or _is_safe_to_log(text):
         return f"{name}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
     return f"{name} in {frames[-1].name}" if frames else name
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether the same call may succeed later: no valid response, a 5xx, or throttling."""
+    """Whether a retry may succeed: there was no valid response, or a 5xx, or throttling."""
     if not isinstance(error, ClientError):
         return True
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return status >= 500 or status == 429 or bool(_is_passing(cause_of(error)))
+    return status >= 500 or status == 429 or bool(_is_temporary_code(cause_of(error)))
 
 
 # --- Metrics --------------------------------------------------------------------------------------
 
 
-# A call of SQS takes 5 to 30 ms, and 3 s at most. A request takes 11 s at most in a thread and the
-# publisher: 3 s to read the token, 5 s until the last call for its message starts, 3 s for that.
+# Seconds. A call of SQS takes 5 to 30 ms, and at most 3 s. A request takes at most 11 s: 3 s to
+# read the token, 5 s until the last call for its message starts (RETRY_SECONDS), 3 s for the call.
 BUCKETS = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 3, 5, 11)
 
 
 def _counter(name: str, text: str, label: str, label_values: list[str]) -> dict[str, Any]:
-    """A counter for each label value, there from the start: Prometheus sees no increase in a series
-    that only begins with its first event.
+    """A counter for each label value.
+
+    The series exist from the start: Prometheus sees no increase in a series that begins at 1.
     """
     counter = prometheus_client.Counter(name, text, [label])
     return {value: counter.labels(value) for value in label_values}
@@ -1704,7 +1747,7 @@ BUILD_INFO.set(1)
 
 
 def metrics_text() -> bytes:
-    """All workers of the pod together where there are several, else this process."""
+    """The metrics in Prometheus's text format. Under Gunicorn: of all workers together."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return prometheus_client.generate_latest()
     registry = prometheus_client.CollectorRegistry()
@@ -1719,11 +1762,22 @@ _is_request_id = re.compile(r"[A-Za-z0-9._-]{1,128}").fullmatch
 
 
 def request_id_of(offered: str) -> str:
-    """The caller's request id when it is well-formed, otherwise a new one.
+    """The caller's request id if it is valid, otherwise a new one.
 
-    It is no secret, so it need not cost a system call.
+    Not from the operating system's random source: an id is no secret, and a system call costs time.
     """
     return offered if _is_request_id(offered) else f"{random.getrandbits(128):032x}"
+
+
+def header_text(value: str) -> str:
+    """The text of a header's value in UTF-8. WSGI gives each byte as a character.
+
+    SQS rejects U+FFFE and U+FFFF: a value with one of them is not decoded.
+    """
+    with suppress(UnicodeDecodeError):
+        text = value.encode("latin-1").decode()
+        value = value if re.search("[\ufffe\uffff]", text) else text
+    return value.strip()
 
 
 _HEX = "[0-9A-Fa-f]"
@@ -1735,10 +1789,10 @@ _trace_fields = re.compile(
 
 
 def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
-    """The X-Ray header that goes with the message, and the id of the trace for the log.
+    """The X-Ray header for the message, and the trace id for the log.
 
-    It has the first well-formed Root, Parent and Sampled: the ALB preserves any other field that a
-    client adds, and SQS takes only an X-Ray header. Without a Root: the empty text and None.
+    The header has the first valid Root, Parent and Sampled. The ALB preserves other fields of a
+    client, and SQS rejects them. Without a valid Root: an empty text and None.
     """
     first = {found[0]: found for found in reversed(_trace_fields(x_amzn_trace_id))}
     if "R" not in first:
@@ -1748,7 +1802,7 @@ def trace_of(x_amzn_trace_id: str) -> tuple[str, str | None]:
 
 
 def logging_config(level: str) -> dict[str, Any]:
-    """The logging.config.dictConfig of the whole process: JSON lines on standard output."""
+    """The argument of logging.config.dictConfig: JSON lines on standard output."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -1758,38 +1812,38 @@ def logging_config(level: str) -> dict[str, Any]:
                 "fmt": ["levelname", "name", "message"],
                 "rename_fields": {"levelname": "level", "name": "logger"},
                 "timestamp": "time",
-                "json_serializer": short_json,
+                "json_serializer": truncated_json,
             }
         },
         "handlers": {"stdout": {"()": LogHandler, "filters": [add_request], "formatter": "json"}},
-        # LOG_LEVEL applies to this module only: at DEBUG, botocore logs decrypted tokens and
+        # LOG_LEVEL applies to the service only: at DEBUG, botocore logs decrypted tokens and
         # message bodies, and Gunicorn logs malformed requests.
         "root": {"level": "INFO", "handlers": ["stdout"]},
         "loggers": {
             "email_processor": {"level": level},
             # Gunicorn's logger does not propagate by default.
             "gunicorn.error": {"level": "INFO", "propagate": True},
-            # botocore warns with a traceback each time that credentials are not renewed.
+            # botocore warns with a traceback each time a renewal of credentials fails.
             "botocore": {"level": "ERROR"},
         },
     }
 
 
 def add_request(record: logging.LogRecord) -> bool:
-    """A logging filter: adds the ids of the request that the thread handles."""
+    """A logging filter that adds the ids of the thread's current request to a record."""
     if not hasattr(record, "request_id") and has_app_context() and "exchange" in g:
-        line = g.exchange.line
-        vars(record).update({n: line[n] for n in ("request_id", "trace_id") if line[n]})
+        ids = {name: g.exchange.log_fields[name] for name in ("request_id", "trace_id")}
+        vars(record).update({name: value for name, value in ids.items() if value})
     return True
 
 
-# With its end. A pipe takes no more than 4,096 bytes at once: parts of longer lines, from several
-# workers, would mix.
+# Line end included. A write of up to 4,096 bytes to a pipe is atomic: the parts of longer lines
+# would mix with the lines of other workers.
 LOG_LINE_BYTES = 4000
 
 
-def short_json(fields: Any, **options: Any) -> str:
-    """json.dumps for a log line: its longest values are cut until it fits."""
+def truncated_json(fields: Any, **options: Any) -> str:
+    """json.dumps for a log line: cuts the longest values until the line has LOG_LINE_BYTES."""
     line = json.dumps(fields, **options)
     if len(line) >= LOG_LINE_BYTES:
         fields, longest = json.loads(line), LOG_LINE_BYTES
@@ -1800,7 +1854,7 @@ def short_json(fields: Any, **options: Any) -> str:
 
 
 def shortened(value: Any, longest: int) -> Any:
-    """The value with the middle of long strings and the ends of long lists cut out."""
+    """The value without the middle of long strings and the end of long lists."""
     if isinstance(value, dict):
         return {name: shortened(item, longest) for name, item in value.items()}
     if isinstance(value, list):
@@ -1814,52 +1868,55 @@ def shortened(value: Any, longest: int) -> Any:
 
 
 class LogHandler(QueueHandler):
-    """Writes log lines to standard output. No caller waits for a reader of the pipe.
+    """Writes log lines to standard output without waiting for the reader of the pipe.
 
-    From start() on, a thread writes the lines. Before the fork the caller writes them, if the pipe
-    has room. Lines that do not fit are dropped and counted; a later line reports their number.
+    From start() on, a thread writes the lines. Before the fork, the caller writes them, if the pipe
+    has room. Lines that do not fit are dropped and counted, and a later line reports their number.
     """
 
-    def __init__(self, lines: int = 1000) -> None:
+    def __init__(self, max_queued: int = 1000) -> None:
         super().__init__(queue.SimpleQueue())
-        self._lines = lines  # that may wait for the thread
+        self._max_queued = max_queued  # lines
         self._queued = self._written = self._dropped = self._reported = 0
         self._thread: threading.Thread | None = None
-        out: Any = getattr(sys.stdout, "buffer", None)  # None when it was closed before the start
-        self._out = getattr(out, "raw", out)  # a full buffer would delay the exit
+        out: Any = getattr(sys.stdout, "buffer", None)  # None if it was closed before the start
+        self._out = getattr(out, "raw", out)  # raw: the flush of a buffer could delay the exit
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        """Start the thread. Call this after the fork."""
+        self._thread = threading.Thread(target=self._write_queued, daemon=True)
         self._thread.start()
 
     def prepare(self, record: logging.LogRecord) -> bytes:
+        """The line of a record."""
         return f"{self.format(record)}\n".encode()
 
     def enqueue(self, line: Any) -> None:
+        """Write, queue or drop the line."""
         if self._thread is None and self._has_room():
             self._write(line)
-        elif self._thread and self._queued - self._written < self._lines:
+        elif self._thread and self._queued - self._written < self._max_queued:
             self._queued += 1
             self.queue.put_nowait(line)
         else:
             self._drop()
 
     def flush(self) -> None:
-        """At the exit: wait until the thread has written its lines, at most one second."""
-        end = time.monotonic() + 1
-        while self._thread and self._written < self._queued and time.monotonic() < end:
+        """Wait until the thread has written the queued lines, at most one second."""
+        deadline = time.monotonic() + 1
+        while self._thread and self._written < self._queued and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _has_room(self) -> bool:
         try:
             return bool(select.select([], [self._out], [], 0)[1])
-        except (OSError, TypeError, ValueError):  # it is no file of the system's
+        except (OSError, TypeError, ValueError):  # not a file of the operating system
             return True
 
-    def _work(self) -> None:
+    def _write_queued(self) -> None:
         while True:
             lines = [self.queue.get()]
-            time.sleep(0.05)  # to wake for each line would cost a message a tenth more CPU
+            time.sleep(0.05)  # waking for each line would cost 10 % of a message's CPU
             while self.queue.qsize():  # type: ignore[attr-defined]
                 lines.append(self.queue.get())
             for line in lines:
@@ -1870,8 +1927,8 @@ class LogHandler(QueueHandler):
         try:
             self._put(line)
             if dropped := self._dropped - self._reported:
-                told = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
-                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **told})))
+                report = {"levelname": "WARNING", "msg": "log lines dropped", "lines": dropped}
+                self._put(self.prepare(logging.makeLogRecord({"name": log.name, **report})))
                 self._reported += dropped
         except (AttributeError, OSError, TypeError, ValueError):  # closed, or full and non-blocking
             self._drop()
@@ -1887,20 +1944,9 @@ class LogHandler(QueueHandler):
 
 
 def log_start(settings: Settings, workers: int, threads: int | None) -> None:
-    """Write the first log line of the pod: the build, and the settings that matter most."""
+    """Write the pod's first log line: build, queue, and number of workers and threads."""
     build = {"version": VERSION, "commit": COMMIT, "queue": settings.sqs_queue_url}
     log.info("service starts", extra={**build, "workers": workers, "threads": threads})
-
-
-def record_response(path: str, status: int, client: str = "", **line: Any) -> None:
-    """Count a response and write its log line; no other place does either."""
-    RESPONSES[line.get("error") or "success"].inc()
-    quiet = path in ("/health", "/ready", "/metrics")
-    level = logging.ERROR if status >= 500 else logging.DEBUG if quiet else logging.INFO
-    if log.isEnabledFor(level):
-        line = {name: value for name, value in line.items() if value is not None}
-        line["client"] = client
-        log.log(level, "request", extra={**line, "path": path, "status": status})
 
 
 # --- The page /docs -------------------------------------------------------------------------------
@@ -1931,6 +1977,18 @@ _DOCS_POLICY = (
 )
 
 
+@functools.cache
+def openapi_document() -> str:
+    """openapi.yaml as JSON."""
+    return json.dumps(yaml.safe_load((PROJECT / "openapi.yaml").read_text("utf-8")))
+
+
+@functools.cache  # responses to slow clients share one copy
+def docs_file(name: str) -> bytes:
+    """A file of Swagger UI."""
+    return (files("flask_swagger_ui") / "dist" / name).read_bytes()
+
+
 # --- Create the application -----------------------------------------------------------------------
 
 
@@ -1944,19 +2002,19 @@ def create_app(
 ) -> Service:
     """The WSGI application.
 
-    Without settings they are read from the environment (SettingsError). Tests bring clients: those
-    of boto3, or anything with their methods. This calls no AWS and starts no thread: Service.start
-    does, or the first request.
+    The default settings come from the environment (SettingsError), the default clients are
+    AwsClients. Tests may pass boto3's clients, or other objects with the same methods. Creating the
+    application calls no AWS and starts no thread: Service.start does, and so do requests.
     """
     settings = settings or Settings.from_environ(os.environ)
-    # The calls that publish, and one thread each for GetParameters and GetQueueAttributes.
+    # Threads: one for each call of SendMessage, one for GetParameters, one for GetQueueAttributes.
     executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
     credentials = Credentials(settings.aws_region)
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
-    probe = sqs  # a client from outside has its own timeouts
+    probe = sqs  # a given client has its own timeouts
     if sqs is None:
         sqs = AwsClient("sqs", settings.aws_region, credentials)
-        probe = sqs.within(0.75)  # seconds: an SQS that is down delays no message longer
+        probe = sqs.within(seconds=0.75)
     cache_seconds = settings.token_cache_seconds
     tokens = TokenStore(ssm, settings.token_ssm_parameter, cache_seconds, executor, clock)
     publisher = Publisher(
@@ -1966,7 +2024,7 @@ def create_app(
 
 
 def make_tracing(settings: Settings) -> Any:
-    """A tracing.Tracing if OpenTelemetry's variables turn tracing on, or None."""
+    """A tracing.Tracing if OpenTelemetry's variables enable tracing, otherwise None."""
 
     def value(name: str) -> str:
         return os.environ.get(f"OTEL_{name}", "").strip().lower()
@@ -1974,7 +2032,7 @@ def make_tracing(settings: Settings) -> Any:
     endpoint = value("EXPORTER_OTLP_ENDPOINT") or value("EXPORTER_OTLP_TRACES_ENDPOINT")
     if not endpoint or value("SDK_DISABLED") == "true" or value("TRACES_EXPORTER") == "none":
         return None
-    from tracing import Tracing  # OpenTelemetry takes memory and time to load
+    from tracing import Tracing  # imported only here: OpenTelemetry takes memory and start time
 
     build = {"service.version": VERSION, "vcs.ref.head.revision": COMMIT}
     return Tracing(settings.sqs_queue_url, {"service.name": SERVICE, **build})
@@ -1983,13 +2041,14 @@ def make_tracing(settings: Settings) -> Any:
 # --- Local server ---------------------------------------------------------------------------------
 
 
-EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # noqa: S105 - the documentation's; opens only the emulator
+# The token of the documentation's examples. Only the emulator accepts it.
+EXAMPLE_TOKEN = "$DJISA<$#45ex3RtYr"  # noqa: S105
 
 
 def start_embedded_aws(settings: Settings) -> Settings:
     """Start moto's server in a thread, with the queue and the example token.
 
-    Sets the environment variables that lead there, and returns the settings with its queue.
+    Sets the environment variables that make boto3 use this server. Returns settings with its queue.
     """
     from moto.server import ThreadedMotoServer
 
@@ -1997,7 +2056,7 @@ def start_embedded_aws(settings: Settings) -> Settings:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    # Nothing of a developer's own configuration may lead past the emulator.
+    # A developer's own configuration must not lead to the real AWS.
     for name in list(os.environ):
         if name.upper().startswith("AWS_") or name.upper().endswith("_PROXY"):
             del os.environ[name]
@@ -2026,6 +2085,7 @@ def start_embedded_aws(settings: Settings) -> Settings:
 
 
 def explain_embedded_aws(settings: Settings) -> str:
+    """The commands that send a message, show the queue, and test the service."""
     url = f"http://localhost:{settings.port}"
     return f"""
 {SERVICE} listens on {url} (API: {url}/docs), with an embedded AWS. Send a message:
@@ -2052,15 +2112,16 @@ Stop it with Ctrl-C.
 
 
 def listen(port: int) -> socket.socket:
-    """A socket for IPv4 and IPv6, where the machine has both. Raises OSError."""
+    """A listening socket, for IPv4 and also for IPv6 if the machine has IPv6. Raises OSError."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
 
 
 def serve_without_gunicorn(settings: Settings) -> None:
+    """Serve with Werkzeug's server, until Ctrl-C or SIGTERM."""
     logging.config.dictConfig(logging_config(settings.log_level))
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request once more
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise it also logs each request
     log_start(settings, workers=1, threads=None)  # a thread for each connection
     with listen(settings.port) as sock:
         host, app = sock.getsockname()[0], create_app(settings)
@@ -2074,22 +2135,22 @@ def serve_without_gunicorn(settings: Settings) -> None:
 
 
 def print_in_thread(text: str) -> None:
-    """Print without waiting for a reader, also at the exit."""
+    """Print without waiting for the reader of standard output, also at the exit."""
 
     def write() -> None:
-        with suppress(OSError, ValueError):  # it is closed
+        with suppress(OSError, ValueError):  # standard output is closed
             os.write(sys.stdout.fileno(), text.encode())
 
     threading.Thread(target=write, daemon=True).start()
 
 
 def serve_beside_embedded_aws(settings: Settings) -> None:
-    """Run Gunicorn in a child process, until it or this process ends."""
+    """Run Gunicorn in a child process, until Gunicorn or this process ends."""
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopped.append(number))
     os.environ["STOP_WITH_PROCESS"] = str(os.getpid())
-    # In a new session: Gunicorn reloads on the SIGHUP of a closing terminal.
+    # In a new session: a closing terminal sends SIGHUP to its session, and Gunicorn would reload.
     server = subprocess.Popen(
         [sys.executable, "-m", "gunicorn"], cwd=PROJECT, start_new_session=True
     )
@@ -2105,13 +2166,13 @@ def serve_beside_embedded_aws(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Serve with Gunicorn as in production; with an embedded AWS when SQS_QUEUE_URL is unset.
+    """Serve with Gunicorn as in production; with an embedded AWS if SQS_QUEUE_URL is unset.
 
-    Gunicorn needs POSIX. Elsewhere Flask's own server takes its place.
+    Windows has no Gunicorn: Werkzeug's server replaces it there.
     """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
     if embedded:
-        os.environ["SQS_QUEUE_URL"] = "http://embedded/queue"  # until it is made
+        os.environ["SQS_QUEUE_URL"] = "http://embedded/queue"  # valid until the queue exists
     settings = Settings.from_environ(os.environ)
     try:
         listen(settings.port).close()

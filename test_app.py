@@ -1652,7 +1652,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[app.LogHandler, Any]
     reader, writer = os.pipe()
     with open(reader, "rb", 0) as reading, open(writer, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
-        yield app.LogHandler(lines=3), reading
+        yield app.LogHandler(max_queued=3), reading
 
 
 Pipe = tuple[app.LogHandler, Any]

@@ -1,8 +1,8 @@
-"""OpenTelemetry: spans of requests and messages. app.py imports this only when tracing is on.
+"""OpenTelemetry: spans of requests and messages. app.py imports this module only if tracing is on.
 
-A POST /process is a SERVER span. Below it is a PRODUCER span for its message, from publish() to the
-outcome. The message carries the producer's id, so that the consumer's spans are below that.
-OpenTelemetry's own variables configure everything else.
+A POST /process is a SERVER span. Its child is a PRODUCER span for the message, from publish() to
+the outcome. The message carries the id of the PRODUCER span, which becomes the parent of the
+consumer's spans. OpenTelemetry's own environment variables configure everything else.
 """
 
 from __future__ import annotations
@@ -41,22 +41,24 @@ _host = re.compile(r"(.+?)(?::([0-9]{1,5}))?").fullmatch
 
 
 def short(value: Any) -> str:
-    """A value from outside. Up to 2,048 spans wait for the collector."""
+    """The first 256 characters of a client's value: 2,048 spans may wait in memory."""
     return str(value)[:256]
 
 
 def x_ray_id(trace_id: int) -> str:
+    """A trace id in X-Ray's format."""
     return f"1-{trace_id >> 96:08x}-{trace_id & 2**96 - 1:024x}"
 
 
 def x_ray_header(span: Any) -> str:
+    """The X-Amzn-Trace-Id header that makes the span a parent."""
     context = span.get_span_context()
     sampled = int(context.trace_flags.sampled)
     return f"Root={x_ray_id(context.trace_id)};Parent={context.span_id:016x};Sampled={sampled}"
 
 
-def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Tracing never fails a request or a start. A process logs the first exception only."""
+def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
+    """A decorator: tracing fails no request and no start. Only the first exception is logged."""
 
     @functools.wraps(method)
     def call(self: Tracing, *arguments: Any) -> None:
@@ -71,24 +73,27 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Ids(RandomIdGenerator):
-    """Makes a span without a parent part of the trace in the ALB's header, which has no parent.
+    """Gives new spans the trace id of the ALB's header.
 
-    OpenTelemetry's propagator for X-Ray drops such a trace.
+    The header has a trace id without a parent. OpenTelemetry's X-Ray propagator ignores such a
+    header.
     """
 
     def __init__(self) -> None:
-        self.given = threading.local()
+        self.current = threading.local()
 
     def generate_trace_id(self) -> int:
-        return int(self.given.trace_id)
+        """The SDK calls this for a span without a parent."""
+        return int(self.current.trace_id)
 
 
 class Session(requests.Session):
-    """Calls the collector, and does not read the bodies of its responses: one may be endless."""
+    """Calls the collector without reading the bodies of its responses, which may be endless."""
 
     result = ""
 
     def request(self, *arguments: Any, **options: Any) -> Any:
+        """Make a call, and keep its result for the log."""
         options["stream"] = True
         try:
             with super().request(*arguments, **options) as response:
@@ -100,13 +105,14 @@ class Session(requests.Session):
 
 
 class Exporter(OTLPSpanExporter):
-    """Logs when spans begin to be lost, and when the collector takes them again."""
+    """Logs the first failed export after a success, and the first success after a failure."""
 
     def __init__(self) -> None:
         self.calls, self.is_failing = Session(), False
         super().__init__(session=self.calls)
 
     def export(self, spans: Any) -> SpanExportResult:
+        """Send spans to the collector. The SDK calls this in its thread."""
         result = super().export(spans)
         if (is_failing := result is not SpanExportResult.SUCCESS) != self.is_failing:
             self.is_failing = is_failing
@@ -116,12 +122,14 @@ class Exporter(OTLPSpanExporter):
 
 
 class Tracing:
+    """The spans of a process. No method raises."""
+
     has_failed = False
     tracer: Any = None  # until start()
 
-    @_harmless
+    @_never_raises
     def __init__(self, queue_url: str, resource: dict[str, Any]) -> None:
-        """Before the fork: the workers share the exporter's memory, of which TLS has 13 MB."""
+        """Call this before the fork: workers then share the exporter's memory, 13 MB with TLS."""
         self.exporter, self.resource = Exporter(), Resource(resource)
         url = urlsplit(queue_url)
         queue = url.path.rpartition("/")[2]
@@ -139,75 +147,76 @@ class Tracing:
             "aws.sqs.queue.url": queue_url,
         }
 
-    @_harmless
+    @_never_raises
     def start(self) -> None:
-        """After the fork: a thread sends the spans, and each worker is an instance."""
+        """Start the thread that sends spans. Call this after the fork."""
         if self.has_failed:
             return
         self.ids = Ids()
-        # The environment comes last, so that it takes precedence over the service's own name.
+        # The environment comes last, so that its service.name takes precedence.
         resource = Resource.create().merge(self.resource).merge(OTELResourceDetector().detect())
         self.provider = TracerProvider(
             resource=resource, id_generator=self.ids, shutdown_on_exit=False
         )
         self.provider.add_span_processor(BatchSpanProcessor(self.exporter))
-        # From here on they would log each lost batch, some with a traceback.
+        # These loggers would log every lost batch, some with a traceback.
         for name in ("opentelemetry", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         sampler = self.provider.sampler
         log.info("tracing is on", extra={"sampler": sampler.get_description()})
-        # Most requests are not sampled: spare them the SDK, where the trace id alone decides.
+        # If the trace id decides about sampling, most requests need no call of the SDK.
         self.bound = sampler.bound if type(sampler) is TraceIdRatioBased else math.inf
         self.tracer = self.provider.get_tracer(log.name)
 
-    @_harmless
+    @_never_raises
     def stop(self) -> None:
-        """Send the spans that are left, for a second at most: OpenTelemetry would wait for 30."""
+        """Send the remaining spans, for at most one second. The SDK's own timeout is 30 seconds."""
         if self.tracer:
             stopping = threading.Thread(target=self.provider.shutdown, daemon=True)
             stopping.start()
             stopping.join(1)
 
-    @_harmless
+    @_never_raises
     def begin(self, exchange: app.Exchange) -> None:
-        """Start the request's span, if it is sampled, and set the trace id of its log line."""
-        environ, line, header = exchange.environ, exchange.line, exchange.trace_header
+        """Start the request's span if it is sampled, and set the trace id for the log."""
+        environ, log_fields = exchange.environ, exchange.log_fields
+        header = exchange.trace_header
         if not self.tracer or f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}" != REQUEST:
             return
-        trace_id = int((line["trace_id"] or "1-0")[2:].replace("-", ""), 16)
+        trace_id = int((log_fields["trace_id"] or "1-0")[2:].replace("-", ""), 16)
         if not trace_id:  # X-Ray's ids begin with the time in seconds
             trace_id = int(time.time()) << 96 | random.getrandbits(96)
-            line["trace_id"] = x_ray_id(trace_id)
-            header = f"Root={line['trace_id']}"
+            log_fields["trace_id"] = x_ray_id(trace_id)
+            header = f"Root={log_fields['trace_id']}"
         if trace_id & TraceIdRatioBased.TRACE_ID_LIMIT < self.bound:
             context, parent = NO_CONTEXT, _parent(header)
             if parent:
                 flags = trace.TraceFlags("Sampled=1" in header)
                 remote = trace.SpanContext(trace_id, int(parent[1], 16), True, flags)
                 context = trace.set_span_in_context(trace.NonRecordingSpan(remote), NO_CONTEXT)
-            self.ids.given.trace_id = trace_id
+            self.ids.current.trace_id = trace_id
             span = self.tracer.start_span(REQUEST, context, trace.SpanKind.SERVER)
             if span.is_recording():
-                line["trace_id"] = x_ray_id(trace_id)
+                log_fields["trace_id"] = x_ray_id(trace_id)
                 exchange.spans = [span]
                 return
-        # The message names the caller's span, if any: this one is not sent.
+        # Not sampled: the consumer's parent is the caller's span, if any.
         exchange.trace_header = f"{header.partition(';Sampled')[0]};Sampled=0"
 
-    @_harmless
+    @_never_raises
     def publish(self, exchange: app.Exchange) -> None:
-        """Start the message's span, and set the header that goes with the message."""
+        """Start the message's span, and set the message's trace header."""
         (server,) = exchange.spans
         context = trace.set_span_in_context(server, NO_CONTEXT)
         span = self.tracer.start_span(self.send, context, trace.SpanKind.PRODUCER)
         exchange.spans = [server, span]
         exchange.trace_header = x_ray_header(span)
 
-    @_harmless
+    @_never_raises
     def end(self, exchange: app.Exchange, status: int, client: str) -> None:
-        """End the spans. No attribute holds a token or a part of an email."""
-        environ, line = exchange.environ, exchange.line
-        error = line.get("error")
+        """End the spans. No attribute contains a token or a part of an email."""
+        environ, log_fields = exchange.environ, exchange.log_fields
+        error = log_fields.get("error")
         server, *producers = exchange.spans
         for span in producers:
             attributes = self.send_attributes.copy()
@@ -221,7 +230,7 @@ class Tracing:
                 attributes["error.type"] = error
                 span.set_status(trace.StatusCode.ERROR)
             else:
-                attributes["messaging.message.id"] = short(line["message_id"])
+                attributes["messaging.message.id"] = short(log_fields["message_id"])
             span.set_attributes(attributes)
             span.end()
         scheme = environ.get("HTTP_X_FORWARDED_PROTO")
@@ -234,14 +243,14 @@ class Tracing:
             "url.scheme": scheme,
             "client.address": short(client),
             "email_processor.outcome": error or "success",
-            "email_processor.request_id": line["request_id"],
+            "email_processor.request_id": log_fields["request_id"],
         }
         if host := _host(environ.get("HTTP_HOST", "")):
             attributes["server.address"] = short(host[1])
             attributes["server.port"] = int(host[2] or DEFAULT_PORTS[scheme])
         if agent := environ.get("HTTP_USER_AGENT"):
             attributes["user_agent.original"] = short(agent)
-        if status >= 500:  # by OpenTelemetry's conventions, a 4xx is no error of the server
+        if status >= 500:  # OpenTelemetry's conventions: a 4xx is not an error of a SERVER span
             attributes["error.type"] = error
             server.set_status(trace.StatusCode.ERROR)
         server.set_attributes(attributes)

@@ -1,11 +1,11 @@
-"""Gunicorn's worker: an event loop receives requests and sends responses; threads handle them.
+"""Gunicorn's worker: an event loop receives requests and sends responses; threads handle requests.
 
-A slow client or a call of SQS occupies no request thread. A thread gets a request once it is fully
-received. If the application's iterable has add_done_callback, the thread is free at once, and the
-response is sent after the callback.
+A thread gets a request when it is fully received, so slow clients occupy no thread. Calls of SQS
+occupy none either: if the application's iterable has add_done_callback, the thread is free at once,
+and the event loop sends the response after the callback.
 
 A connection has one owner at a time: the event loop, the thread that handles its request, or the
-thread that completes its response. Only the event loop touches the socket.
+thread that completes its response. Only the event loop uses the socket.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import app
 MAX_HEAD_BYTES = 65_536  # the ALB's limit for all headers together
 MAX_CHUNKS = 10_000  # Gunicorn's parser takes about 3 us for each
 MAX_CHUNK_LINE_BYTES = 8190  # of Gunicorn's parser
-# Limit for the requests of a pod that no thread handles yet; divided by the number of workers. A
-# pod has 512 MiB; idle workers take 120.
+# Of a pod's requests before a thread handles them; each worker gets an equal share. A pod has
+# 512 MiB, and idle workers take 120 MiB.
 MAX_RECEIVED_BYTES = 96 * 2**20
-STOP_SECONDS = 2.0  # to wait for a client that neither sends nor closes
+LINGER_SECONDS = 2.0  # wait for a client to close, or to send its next request during a stop
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
 
 _is_request_line = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[0-9]\r\n").match
@@ -48,10 +48,10 @@ _chunk_size = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;[^\r\n]*)?\r\n").match
 
 
 class ReceivedRequest:
-    """The received bytes of a request, and of the bytes that the client has sent behind it.
+    """The received bytes of a request, and of pipelined requests behind it.
 
-    is_complete decides when a thread can handle the request. Only Gunicorn's parser decides which
-    request it is; the parser reads from this object as from a socket.
+    can_be_handled only finds the end of the request. Gunicorn's parser parses the request; it reads
+    from this object as from a socket.
     """
 
     def __init__(self, max_body_bytes: int, data: bytes = b"") -> None:
@@ -65,10 +65,11 @@ class ReceivedRequest:
         self._read = 0  # by Gunicorn's parser
 
     def is_head_complete(self) -> bool:
+        """Whether the request line and all headers are received."""
         return self._body_start > 0
 
-    def is_complete(self) -> bool:
-        """Whether the request is fully received, or can only be rejected."""
+    def can_be_handled(self) -> bool:
+        """Whether the request is fully received, or is malformed or too large."""
         if not self._body_start:
             end = self.data.find(b"\r\n\r\n")
             if end < 0:
@@ -82,7 +83,7 @@ class ReceivedRequest:
         return len(self.data) - self._body_start >= self._body_bytes
 
     def reject(self, error: app.ApiError) -> None:
-        """Set the error that the client gets. The body is dropped."""
+        """Set the error response, and drop the body."""
         self.error = error
         del self.data[self._body_start :]
 
@@ -102,7 +103,7 @@ class ReceivedRequest:
         return self.data.count(b"\n", start) != self.data.count(b"\r\n", start)
 
     def _read_framing(self) -> None:
-        """Find where the body ends. A head that Gunicorn's parser rejects needs no body."""
+        """Find how the body ends. A head that Gunicorn's parser rejects has no body."""
         lengths, codings, is_valid = list[bytes](), list[bytes](), True
         for name, padded in _framing_headers(self.data, 0, self._body_start):
             value = padded.strip(b" \t")
@@ -127,7 +128,7 @@ class ReceivedRequest:
             size, start = int(size_line[1], 16), size_line.end()
             if size == 0:
                 is_end = data.startswith(b"\r\n", start) or data.find(b"\r\n\r\n", start) >= 0
-                # Trailers that are too long are as malformed as those with other line ends.
+                # Malformed trailers: too long, or with other line ends.
                 is_too_long = len(data) - start > MAX_HEAD_BYTES
                 return is_end or is_too_long or self._has_bare_line_feed(start)
             if self._chunk_bytes + size > self._max_body_bytes:
@@ -146,21 +147,21 @@ class ReceivedRequest:
         )
 
     def recv(self, size: int) -> bytes:
-        """Called by Gunicorn's parser, as of a socket."""
+        """Gunicorn's parser calls this instead of a socket's recv."""
         with memoryview(self.data) as data:
             piece = bytes(data[self._read : self._read + size])
         self._read += len(piece)
         return piece
 
     def take_rest(self) -> bytes:
-        """The bytes behind the request; releases the others."""
+        """The bytes behind the request. Releases the memory of the request."""
         rest = bytes(self.data[self._read :])
         self.data = bytearray()
         return rest
 
 
 class Connection:
-    """A client's connection; Gunicorn's Response takes it for its socket."""
+    """A client's connection. Gunicorn's Response writes to it as to a socket."""
 
     def __init__(
         self, sock: socket.socket, address: Any, server: Any, request: ReceivedRequest
@@ -168,19 +169,20 @@ class Connection:
         self.sock, self.address, self.server = sock, address, server
         self.request = request
         self.unsent = deque[memoryview]()
-        self.step: Callable[[Connection], None] | None = None  # when the client is ready
-        self.registered_event = 0  # with the poller
-        self.deadline = 0.0  # of the wait for the client, or for a thread
-        self.linger_until = 0.0
-        self.counted_bytes = 0  # of the request, in Worker.received_bytes
+        self.step: Callable[[Connection], None] | None = None  # for the socket's next event
+        self.registered_event = 0  # in the selector
+        self.deadline = 0.0  # for the client, or for a thread to be free
+        self.linger_until = 0.0  # the deadline for the body: a rejected body may still arrive
+        self.counted_bytes = 0  # this connection's part of Worker.received_bytes
         self.keep_alive = self.is_lingering = False
 
     def sendall(self, data: bytes) -> None:
-        # A view: many slow readers of a page share its bytes.
+        """Add to the bytes that the event loop sends."""
+        # A view: responses to slow clients share the bytes of a page.
         self.unsent.append(memoryview(data))
 
     def send(self, data: bytes) -> int:
-        """Gunicorn sends "100 Continue" this way, and nothing else; the event loop has sent it."""
+        """Do nothing: Gunicorn sends only "100 Continue" here, and the event loop has sent that."""
         return len(data)
 
 
@@ -188,12 +190,12 @@ class Worker(base.Worker):  # type: ignore[misc]
     """The event loop calls all methods up to `handle_requests`; threads call the rest."""
 
     def init_process(self) -> None:
-        # Not in __init__, which runs before the fork.
-        self.poller = selectors.DefaultSelector()
+        """Make the state. Gunicorn calls this after the fork, and __init__ before."""
+        self.selector = selectors.DefaultSelector()
         self.waiting: dict[Connection, None] = {}  # for their clients, oldest first
-        self.responses = deque[Connection]()  # completed, to be sent
-        # Requests without a body have a thread to themselves: /health waits neither behind POSTs
-        # nor for AWS.
+        self.responses = deque[Connection]()  # complete, to be sent
+        # Requests without a body have their own thread: /health waits neither behind POSTs nor for
+        # AWS.
         self.with_body = SimpleQueue[Connection]()
         self.without_body = SimpleQueue[Connection]()
         self.received_lock = threading.Lock()
@@ -205,6 +207,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         super().init_process()
 
     def run(self) -> None:
+        """Serve until SIGTERM; then finish the requests in progress, at most graceful_timeout."""
         settings = self.wsgi.settings
         self.max_body_bytes: int = settings.max_request_bytes
         self.body_seconds: float = settings.body_timeout_seconds
@@ -215,106 +218,116 @@ class Worker(base.Worker):  # type: ignore[misc]
         for queue, threads in ((self.with_body, self.cfg.threads), (self.without_body, 1)):
             for _ in range(threads):
                 threading.Thread(target=self.handle_requests, args=(queue,), daemon=True).start()
-        self.poller.register(self.PIPE[0], selectors.EVENT_READ, self.clear_pipe)
+        self.selector.register(self.PIPE[0], selectors.EVENT_READ, self.clear_pipe)
         for listener in self.sockets:
             listener.setblocking(False)
             # A small send buffer keeps the kernel's memory low while clients do not read.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.set_accepting(True)
         while self.alive:
-            self.turn()
+            self.run_once()
         stop_at = time.monotonic() + self.cfg.graceful_timeout
         self.stop_accepting()
         while self.connections and time.monotonic() < stop_at:
-            self.turn()
+            self.run_once()
 
-    def turn(self) -> None:
-        """One turn: receive, accept, send, and enforce deadlines."""
+    def run_once(self) -> None:
+        """One iteration of the event loop: receive, accept, send, and enforce deadlines."""
         # In this order: a thread appends its response before it reads is_awake.
         self.is_awake = False
         timeout = 0.0 if self.responses else SWEEP_SECONDS if self.connections else 1.0
-        events = self.poller.select(timeout)
+        events = self.selector.select(timeout)
         self.is_awake = True
         for key, _ in events:
             if not isinstance(conn := key.data, Connection):
                 key.data(key.fileobj)
             elif conn in self.waiting:
-                self.guard(conn.step, conn)
-            elif conn.registered_event:  # its request is being handled
+                self.run_step(conn.step, conn)
+            elif conn.registered_event:  # data behind a request in progress: receive it later
                 self.unregister(conn)
         while self.responses:
             conn = self.responses.popleft()
             conn.deadline = time.monotonic() + 2 * self.body_seconds
-            self.guard(self.send, conn)
+            self.run_step(self.send, conn)
         if (now := time.monotonic()) >= self.next_sweep:
             self.next_sweep = now + SWEEP_SECONDS
             self.notify()
             if os.getppid() != self.ppid:
                 self.alive = False
             for conn in [conn for conn in self.waiting if conn.deadline <= now]:
-                self.guard(self.expire, conn)
-            self.keep_budget()  # also for requests sent behind a response that is not read
+                self.run_step(self.expire, conn)
+            self.keep_budget()  # also for requests behind a response that the client does not read
             if self.alive:
                 self.set_accepting(True)
 
-    def guard(self, step: Callable[[Connection], None] | None, conn: Connection) -> None:
+    def run_step(self, step: Callable[[Connection], None] | None, conn: Connection) -> None:
+        """Call the step. An exception closes this connection only."""
         try:
             step(conn)  # type: ignore[misc]
-        except OSError:  # the client has gone
+        except OSError:  # the client has closed or reset the connection
             self.close(conn)
         except Exception:
             app.log.exception("unhandled exception")
             self.close(conn)
 
     def clear_pipe(self, pipe: int) -> None:
+        """Read the bytes that woke the event loop."""
         with suppress(BlockingIOError):
             os.read(pipe, 4096)
 
     def watch(self, conn: Connection, event: int, step: Callable[[Connection], None]) -> None:
+        """Call `step` when the client's socket is ready, or expire() at the deadline."""
         self.waiting[conn] = None
         conn.step = step
         if conn.registered_event != event:
             self.unregister(conn)
-            self.poller.register(conn.sock, event, conn)
+            self.selector.register(conn.sock, event, conn)
             conn.registered_event = event
 
     def unwatch(self, conn: Connection) -> None:
-        """Its socket stays registered: few clients send before they have the response."""
+        """Stop waiting for the client.
+
+        The socket stays registered, which saves system calls: few clients send before the response.
+        """
         self.waiting.pop(conn, None)
 
     def unregister(self, conn: Connection) -> None:
+        """Remove the socket from the selector."""
         if conn.registered_event:
-            self.poller.unregister(conn.sock)
+            self.selector.unregister(conn.sock)
             conn.registered_event = 0
 
-    def count(self, conn: Connection, size: int) -> None:
+    def set_received_bytes(self, conn: Connection, size: int) -> None:
+        """Set this connection's part of received_bytes."""
         with self.received_lock:
             self.received_bytes += size - conn.counted_bytes
             conn.counted_bytes = size
 
     def close(self, conn: Connection) -> None:
+        """Close the connection, in the event loop."""
         self.unwatch(conn)
         self.unregister(conn)
-        self.count(conn, 0)
+        self.set_received_bytes(conn, 0)
         self.connections -= 1
         conn.sock.close()
 
     # Accepting
 
     def set_accepting(self, accepting: bool) -> None:
+        """Register or unregister the listening sockets."""
         if accepting != self.is_accepting:
             self.is_accepting = accepting
             for listener in self.sockets:
                 if accepting:
-                    self.poller.register(listener, selectors.EVENT_READ, self.accept)
+                    self.selector.register(listener, selectors.EVENT_READ, self.accept)
                 else:
-                    self.poller.unregister(listener)
+                    self.selector.unregister(listener)
 
     def accept(self, listener: Any) -> None:
-        """Accept the connections that wait, at most 64, so that the others have their turn."""
+        """Accept up to 64 connections: more would delay the connections that are open."""
         for number in range(64):
             if self.connections >= self.cfg.worker_connections:
-                if number:  # perhaps none waits: see at the next event
+                if number:  # the backlog may be empty: wait for the next event
                     return
                 if not self.close_oldest_idle():
                     self.set_accepting(False)  # until the next sweep
@@ -323,14 +336,15 @@ class Worker(base.Worker):  # type: ignore[misc]
                 self.add_connection(listener)
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError:  # no file, or no memory: without a pause this would be tried at once
-                # A connection that this loop has accepted looks idle: its request is unread.
+            except OSError:  # out of files or memory
+                # A connection accepted in this loop looks idle, because its request is unread.
                 if not number:
                     self.close_oldest_idle()
-                self.set_accepting(False)
+                self.set_accepting(False)  # until the next sweep: an immediate retry would fail too
                 return
 
     def add_connection(self, listener: Any) -> None:
+        """Accept one connection. Raises OSError."""
         sock, address = listener.accept()
         sock.setblocking(False)
         request = ReceivedRequest(self.max_body_bytes)
@@ -339,6 +353,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         self.await_request(conn)
 
     def close_oldest_idle(self) -> bool:
+        """Close the connection that has been idle longest. Returns whether there was one."""
         for conn in self.waiting:
             if not (conn.request.data or conn.unsent):
                 self.close(conn)
@@ -346,14 +361,14 @@ class Worker(base.Worker):  # type: ignore[misc]
         return False
 
     def stop_accepting(self) -> None:
-        """Take over the connections in the backlog: no other worker accepts them."""
+        """Accept the backlog's connections, which no other worker can accept, and then no more."""
         self.set_accepting(False)
         for listener in self.sockets:
             with suppress(OSError):
                 for _ in range(self.cfg.backlog):
                     self.add_connection(listener)
             listener.close()
-        soon = time.monotonic() + STOP_SECONDS
+        soon = time.monotonic() + LINGER_SECONDS
         for conn in self.waiting:
             if conn.is_lingering or not (conn.request.data or conn.unsent):
                 conn.deadline = min(conn.deadline, soon)
@@ -361,12 +376,13 @@ class Worker(base.Worker):  # type: ignore[misc]
     # Receiving
 
     def await_request(self, conn: Connection) -> None:
-        """Wait for a request, or for the rest of one that has begun to arrive."""
-        seconds = self.keepalive if self.alive else STOP_SECONDS
+        """Wait for a request, or for the rest of an incomplete request."""
+        seconds = self.keepalive if self.alive else LINGER_SECONDS
         conn.deadline = time.monotonic() + (self.body_seconds if conn.request.data else seconds)
         self.watch(conn, selectors.EVENT_READ, self.receive)
 
     def receive(self, conn: Connection) -> None:
+        """Receive a part of a request."""
         data, request = conn.sock.recv(65_536), conn.request
         if not data:
             if request.is_head_complete():
@@ -380,13 +396,14 @@ class Worker(base.Worker):  # type: ignore[misc]
                 return
             conn.deadline = time.monotonic() + self.body_seconds
         request.data += data
-        if self.dispatch_if_complete(conn):
+        if self.dispatch_if_possible(conn):
             return
-        self.count(conn, len(request.data))
+        self.set_received_bytes(conn, len(request.data))
         self.keep_budget()
 
-    def dispatch_if_complete(self, conn: Connection) -> bool:
-        if conn.request.is_complete():
+    def dispatch_if_possible(self, conn: Connection) -> bool:
+        """Dispatch a request that can be handled. Otherwise send "100 Continue" if expected."""
+        if conn.request.can_be_handled():
             self.dispatch(conn)
             return True
         if conn.request.expects_continue:
@@ -395,16 +412,19 @@ class Worker(base.Worker):  # type: ignore[misc]
         return False
 
     def keep_budget(self) -> None:
+        """Reject the oldest incomplete requests until the others keep max_received_bytes."""
         while self.received_bytes > self.max_received_bytes and (
             oldest := self.oldest_incomplete()
         ):
-            self.guard(self.expire, oldest)
+            self.run_step(self.expire, oldest)
 
     def oldest_incomplete(self) -> Connection | None:
-        begun = (conn for conn in self.waiting if conn.request.data)
-        return min(begun, key=lambda conn: conn.deadline, default=None)
+        """The connection whose incomplete request has the earliest deadline."""
+        incomplete = (conn for conn in self.waiting if conn.request.data)
+        return min(incomplete, key=lambda conn: conn.deadline, default=None)
 
     def expire(self, conn: Connection) -> None:
+        """End the wait for a client: 408 for a body, otherwise close the connection."""
         if conn.is_lingering or conn.unsent or not conn.request.is_head_complete():
             self.close(conn)
         else:
@@ -421,13 +441,14 @@ class Worker(base.Worker):  # type: ignore[misc]
             cause = f"{self.received_bytes} bytes of requests wait for a thread"
             request.reject(app.ApiError("overloaded", cause=cause))
         conn.linger_until = conn.deadline
-        self.count(conn, len(request.data))
+        self.set_received_bytes(conn, len(request.data))
         conn.deadline = time.monotonic() + self.body_seconds
         (self.with_body if request.has_body else self.without_body).put(conn)
 
     # Sending
 
     def send(self, conn: Connection) -> None:
+        """Send the response; then wait for the next request, or close the connection."""
         self.unwatch(conn)
         unsent = conn.unsent
         while unsent:
@@ -443,12 +464,12 @@ class Worker(base.Worker):  # type: ignore[misc]
         if not conn.keep_alive:
             conn.sock.shutdown(socket.SHUT_WR)
             conn.is_lingering = True
-            conn.deadline = max(conn.linger_until, time.monotonic() + STOP_SECONDS)
+            conn.deadline = max(conn.linger_until, time.monotonic() + LINGER_SECONDS)
             self.watch(conn, selectors.EVENT_READ, self.linger)
             return
         self.await_request(conn)
-        if conn.request.data:  # sent behind the last one
-            self.dispatch_if_complete(conn)
+        if conn.request.data:  # a pipelined request
+            self.dispatch_if_possible(conn)
 
     def linger(self, conn: Connection) -> None:
         """Drain the connection: otherwise TCP resets it before the client reads the response."""
@@ -458,12 +479,14 @@ class Worker(base.Worker):  # type: ignore[misc]
     # In the threads that handle requests, and those that complete responses
 
     def handle_requests(self, queue: SimpleQueue[Connection]) -> None:
+        """Handle a queue's requests, one after another."""
         while True:
             conn = queue.get()
-            self.count(conn, 0)
+            self.set_received_bytes(conn, 0)
             self.handle(conn)
 
     def handle(self, conn: Connection) -> None:
+        """Parse the request, and call the application. Must not raise: the thread would end."""
         request, req = conn.request, None
         try:
             if time.monotonic() > conn.deadline and not request.error:
@@ -479,15 +502,15 @@ class Worker(base.Worker):  # type: ignore[misc]
             body = self.wsgi(environ, resp.start_response)
             is_fully_read = self.is_fully_read(req.body)
             rest = parser.unreader.take_buffered() + request.take_rest()
-            # Gunicorn finds "close" only if it is the only option.
+            # Gunicorn finds "close" only if the header has no other option.
             options = environ.get("HTTP_CONNECTION", "").lower().split(",")
-            # At a stop, requests that have arrived behind this one still get their responses.
+            # During a stop, pipelined requests still get their responses.
             is_last = "close" in map(str.strip, options) or not (self.alive or rest)
             if is_last or request.error or not is_fully_read:
                 resp.force_close()
             conn.request = ReceivedRequest(self.max_body_bytes, rest.lstrip(b"\r\n"))
             if rest:
-                self.count(conn, len(conn.request.data))
+                self.set_received_bytes(conn, len(conn.request.data))
             if hasattr(body, "add_done_callback"):
                 body.add_done_callback(lambda _: self.complete(conn, req, resp, body))
             else:
@@ -496,16 +519,16 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.fail(conn, req, error)
 
     def is_fully_read(self, body: Any) -> bool:
-        """Whether the next request follows the body. Reads the rest that the application left."""
-        with suppress(Exception):  # Gunicorn's, of a malformed chunk
+        """Read the rest of the body. Returns whether its end was found: a request may follow."""
+        with suppress(Exception):  # Gunicorn's, for a malformed chunk
             while not body.failed and body.read(2**20):
                 pass
         return not body.failed
 
     def complete(self, conn: Connection, req: Any, resp: Any, body: Any) -> None:
-        """Make the response of the application's iterable, and hand it to the event loop.
+        """Write the application's response, and give the connection to the event loop.
 
-        Must not raise: as a callback of a future it would leave the client without a response.
+        Must not raise: after an exception in a future's callback, the client would get no response.
         """
         try:
             for item in body:
@@ -520,13 +543,13 @@ class Worker(base.Worker):  # type: ignore[misc]
             self.deliver(conn)
 
     def fail(self, conn: Connection, req: Any, error: Exception) -> None:
-        """Respond to a request that Gunicorn could not parse, or to a defect."""
+        """Write the error response for a malformed request, a rejected request, or a defect."""
         if isinstance(error, (LimitRequestLine, LimitRequestHeaders)):
             text = "The request line or a header is too long, or there are too many headers."
             error = app.ApiError("request_too_large", text)
         elif req is None and not isinstance(error, app.ApiError):
-            # The exception's text may quote a token, from a body that a wrong Content-Length made
-            # look like the next request.
+            # The exception's text may quote a token: with a wrong Content-Length, the rest of a
+            # body is parsed as the next request.
             text = "The request is not well-formed HTTP."
             error = app.ApiError("invalid_json", text, cause=type(error).__name__)
         environ = {
@@ -544,6 +567,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         self.deliver(conn)
 
     def deliver(self, conn: Connection) -> None:
+        """Give the connection to the event loop, and wake the event loop."""
         self.responses.append(conn)
         if not self.is_awake:
             self.is_awake = True

@@ -409,7 +409,7 @@ def test_log_has_only_the_first_line_of_an_error() -> None:
 def test_missing_queue_has_its_older_code() -> None:
     error = failure(lambda: send(client(), "http://sqs/1/nope"))
     assert app.cause_of(error) == "AWS.SimpleQueueService.NonExistentQueue"
-    assert app.is_about_the_queue(error)
+    assert app.concerns_every_message(error)
 
 
 def test_server_errors_and_throttling_in_any_spelling_are_temporary() -> None:
@@ -611,15 +611,15 @@ def test_known_credentials_stay_in_use_while_they_cannot_be_renewed(
     process = Process(tmp_path)
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
     process.print("first", SessionToken="t", Expiration=soon.isoformat())
-    first = process.credentials.frozen()
+    first = process.credentials.current()
     process.output.unlink()
     process.pause.end()
-    assert process.credentials.frozen() == first
+    assert process.credentials.current() == first
     (warning,) = [r for r in caplog.records if r.message == "credentials not renewed"]
     assert "credential_process: status 1" in vars(warning)["cause"]
     process.print("second")
     process.pause.end()
-    assert process.credentials.frozen().access_key == "second"
+    assert process.credentials.current().access_key == "second"
 
 
 @pytest.mark.usefixtures("no_keys")
@@ -628,9 +628,9 @@ def test_search_that_hangs_delays_one_request(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(app, "aws_session", lambda _: searching.wait(LONG))
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", 0.1)
     credentials, begin = app.Credentials(REGION), time.monotonic()
-    assert isinstance(failure(credentials.frozen), BotoCoreError)
+    assert isinstance(failure(credentials.current), BotoCoreError)
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
-    assert isinstance(failure(credentials.frozen), BotoCoreError)  # without a wait
+    assert isinstance(failure(credentials.current), BotoCoreError)  # without a wait
     assert time.monotonic() - begin < LONG
     searching.set()
 
@@ -646,7 +646,7 @@ def test_credential_process_has_a_time_limit(
     limit = app.CredentialProcess.LIMIT
     monkeypatch.setattr(app.CredentialProcess, "LIMIT", limit.replace(" 60", " 0.1"))
     (tmp_path / "config").write_text("[default]\ncredential_process = sh -c 'sleep 600; :'\n")
-    assert "status 124" in app.detail_of(failure(app.Credentials(REGION).frozen))
+    assert "status 124" in app.detail_of(failure(app.Credentials(REGION).current))
 
 
 @needs_setpriv
@@ -656,7 +656,7 @@ def test_credential_process_ends_with_the_service(tmp_path: Path) -> None:
     hang = f"sleep 600 & echo $! >{pid}.new; mv {pid}.new {pid}; wait"
     (tmp_path / "config").write_text(f"[default]\ncredential_process = sh -c '{hang}'\n")
     service = subprocess.Popen(
-        [sys.executable, "-c", "import app; app.Credentials('us-west-1').frozen()"],
+        [sys.executable, "-c", "import app; app.Credentials('us-west-1').current()"],
         cwd=PROJECT,
         env=clean_environment(AWS_CONFIG_FILE=str(tmp_path / "config"), AWS_ACCESS_KEY_ID=""),
         stderr=subprocess.DEVNULL,
@@ -718,7 +718,7 @@ def test_cause_of_missing_credentials_is_logged_without_a_secret(
     places = {"FILE": str(tmp_path / "file"), "ENDPOINT": endpoint.url}
     for name, value in variables.items():
         monkeypatch.setenv(name, places.get(value, value))
-    detail = app.detail_of(failure(app.Credentials(REGION).frozen))
+    detail = app.detail_of(failure(app.Credentials(REGION).current))
     assert re.search(pattern, detail)
     assert "s3cr3t" not in detail
     assert row_of(detail) is not None, "the runbook has no entry"
@@ -736,5 +736,5 @@ def test_role_is_assumed_in_the_services_region(
     with Endpoint() as proxy:
         proxy.status = 407
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        failure(app.Credentials(region).frozen)
+        failure(app.Credentials(region).current)
     assert {request.path for request in proxy.requests} == {f"sts.{region}.amazonaws.com:443"}

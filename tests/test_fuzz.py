@@ -66,7 +66,7 @@ AWS = StubAws()
 SETTINGS = app.Settings(sqs_queue_url="http://localhost/queue.fifo")
 APP = app.create_app(SETTINGS, ssm=AWS, sqs=AWS)
 # The reads of /ready run in the background; here its first response has to be 200.
-APP.tokens.accepts(TOKEN)
+APP.tokens.parameter_of(TOKEN)
 APP.publisher.read_limit()
 
 
@@ -309,7 +309,7 @@ def serve(pieces: list[bytes]) -> tuple[list[WireRequest], bool]:
     served, request = list[WireRequest](), ReceivedRequest(LIMIT)
     for piece in pieces:
         request.data += piece if request.data else piece.lstrip(b"\r\n")
-        while request.data and request.is_complete():
+        while request.data and request.can_be_handled():
             requests, rest, closes = parse(request.data, most=1)
             served += requests
             if request.error or not requests or closes:

@@ -302,7 +302,7 @@ def test_any_interleaving_keeps_every_promise(
         assert len(set(call.bodies)) == len(call.entries)
         assert len({entry.get("Id") for entry in call.entries}) == len(call.entries)
     attempts = Counter(body for call in sqs.calls for body in call.bodies)
-    assert max(attempts.values(), default=0) <= app.Publisher.ATTEMPTS
+    assert max(attempts.values(), default=0) <= app.Publisher.MAX_ATTEMPTS
 
     publishing.publisher.SECONDS = 60  # type: ignore[misc]
     publishing.now += 1  # time for a probe
