@@ -4,7 +4,7 @@
 FROM python:3.13-slim AS packages
 
 WORKDIR /build
-# The base image's pip installs into the environment, which has none.
+# The environment has no pip: the base image's pip installs into it.
 RUN python -m venv --without-pip /opt/venv
 COPY requirements.txt ./
 RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --require-hashes \
@@ -12,8 +12,8 @@ RUN pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --requ
 
 # botocore has descriptions of some 400 AWS services, 25 MB. Keep those of ssm, sqs and sts (for the
 # role of the service account), and the files beside the folders (endpoints, partitions, retries).
-# The clients made here fail the build if a release needs more. boto3's data describe its resource
-# interface, which the service does not use.
+# The build creates these clients, and fails if they need more files. boto3's own data describe its
+# resource interface, which the service does not use.
 WORKDIR /opt/venv/lib/python3.13/site-packages
 RUN find botocore/data -mindepth 1 -maxdepth 1 -type d \
         ! -name ssm ! -name sqs ! -name sts -exec rm -r {} + \
@@ -38,8 +38,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 COPY --from=packages /opt /opt
 COPY --from=packages /srv /srv
 WORKDIR /srv/email-processor
-# Imports everything that a start imports: a broken image fails here, and the modules of the standard
-# library, for which the base image has no bytecode, are compiled.
+# Import the modules of a start. A broken image fails the build, and Python compiles the modules of the
+# standard library, for which the base image has no bytecode.
 RUN touch /dev/shm/begin \
     && SQS_QUEUE_URL=https://sqs.us-west-1.amazonaws.com/000000000000/check \
     OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 \

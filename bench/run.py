@@ -1,16 +1,16 @@
 """Measure email-processor and its alternatives under the same load.
 
-It needs Linux, wrk, and the project's own environment (./setup-local.sh makes it). Fastify also
-needs Node 20 or newer; the pods need a Docker engine. It installs the other contenders into
-bench/venv and bench/contenders/fastify/node_modules, starts a fake of SSM and SQS with a set
-latency, and then, round by round, each contender in turn. Everything stays on loopback. Compare
-ratios within a run: a machine's load moves all figures together.
+This needs Linux, wrk, and the project's environment (./setup-local.sh makes it). Fastify also needs
+Node 20 or newer; the pods need a Docker engine. The benchmark installs the other contenders into
+bench/venv and bench/contenders/fastify/node_modules, and starts a fake of SSM and SQS with a set
+latency. Each round measures every contender once. All traffic stays on loopback. Compare ratios
+within a run: a machine's load changes all figures together.
 
-No table takes 10 minutes, so they can be measured in turn. `--json FILE` adds the figures of each
-to the file, and `python bench/report.py FILE` writes RESULTS.md and chart.svg from all of them.
+Each table takes less than 10 minutes, and a run may measure a single table. `--json FILE` adds the
+figures to the file, and `python bench/report.py FILE` writes RESULTS.md and chart.svg from them.
 """
 
-# ruff: noqa: S310, S603 - it starts the contenders, and asks them on loopback
+# ruff: noqa: S310, S603 - starts the contenders, and sends them requests on loopback
 from __future__ import annotations
 
 import argparse
@@ -128,12 +128,12 @@ def output(*command: str, folder: Path = PROJECT) -> str:
 
 
 def stat_of(pid: str) -> list[str]:
-    """/proc/PID/stat from the third field on; what stands before may contain blanks."""
+    """/proc/PID/stat from the third field on. The fields before it may contain blanks."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
 
 
 def session(leader: int) -> Iterator[tuple[str, list[str]]]:
-    """Every process of the session that a contender was started in, its children included."""
+    """Every process in the contender's session, children included."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with suppress(FileNotFoundError, ProcessLookupError):
             stat = stat_of(pid)
@@ -171,7 +171,7 @@ class Running:
 
 @contextmanager
 def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
-    """Run the contender in a session of its own until the block ends, and leave nothing behind."""
+    """Run the contender in a new session until the block ends, and remove everything after that."""
     port = free_port()
     variables = {"PATH": os.environ["PATH"], "PORT": str(port)}
     with tempfile.TemporaryFile() as complaints:
@@ -190,7 +190,7 @@ def started(contender: Contender, aws: FakeAws) -> Iterator[Running]:
                 text = complaints.read().decode(errors="replace")[-2000:]
                 raise BenchError(f"{contender.name} does not serve:\n{text}")
             pid = process.pid
-            if contender.command[0] == "docker":  # `process` is only its client
+            if contender.command[0] == "docker":  # `process` is only the docker command
                 pid = int(output("docker", "inspect", "-f", "{{.State.Pid}}", f"bench-{port}"))
             yield Running(pid, url, contender.publishes)
         finally:
@@ -427,7 +427,7 @@ def prepare(contenders: list[Contender]) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """The machine and the versions on which the figures depend."""
     model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     pins = dict(re.findall(r"^([\w-]+)==(\S+)", (BENCH / "requirements.txt").read_text(), re.M))
     node_pins = json.loads((FASTIFY.folder / "package.json").read_text())["dependencies"]
@@ -453,7 +453,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{names} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, default=8, help="of a measurement (default 8)")
-    # V8 compiles for some five seconds under load; measured before, Node would look twice as dear.
+    # V8 compiles for about five seconds under load. Measured before that, Node uses twice the CPU.
     parser.add_argument("--warm-up", type=float, default=6, help="seconds before it (default 6)")
     parser.add_argument("--clients", type=int, default=64, help="at once (default 64)")
     parser.add_argument("--latency-ms", type=float, default=8, help="of an AWS call (default 8)")
