@@ -7,8 +7,8 @@ usage() {
 Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
 
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
-image tagged by the commit, applies k8s/ and waits until the new release serves. If that fails, it goes
-back to the earlier release. Run it again at any time: it changes only the differences. An omitted
+image tagged by the commit, applies k8s/ and waits until the new release serves. If a step of the
+rollout fails, the earlier release is restored. A second run changes only the differences. An omitted
 cluster, queue, certificate, token parameter or --parameter keeps its value.
 
 Instead of deploying:
@@ -18,13 +18,13 @@ Instead of deploying:
 
 Options (in parentheses the value of the first run):
   --region REGION          AWS region (AWS_REGION, else us-west-1)
-  --environment NAME       a second deployment in the account, with a cluster and a token of its own
+  --environment NAME       a second deployment in the account, with a separate cluster and token
   --cluster NAME           EKS cluster (dev-CP-EKS-CLUSTER)
   --context NAME           reach the cluster through this context of your kubeconfig
   --queue-name NAME        SQS queue (dev-CP-queue)
   --create-queue           make the queue, with a dead-letter queue
-  --certificate-arn ARN    serve HTTPS with this ACM certificate; none goes back to HTTP
-  --token-parameter NAMES  SSM parameters that hold tokens, with commas between (/email-service/api-token)
+  --certificate-arn ARN    serve HTTPS with this ACM certificate; none: serve HTTP again
+  --token-parameter NAMES  SSM parameters of the tokens, separated by commas (/email-service/api-token)
   --parameter KEY=VALUE    AlarmEmail, RateLimit, TokenKeyArn or DeadLetterQueueName of the template
   --platform PLATFORM      platform of the nodes (linux/amd64)
   --timeout SECONDS        how long to wait for the ALB, its first response, and each removal (300)
@@ -38,15 +38,21 @@ HELP
 
 # --- Helpers ----------------------------------------------------------------------------------------
 
-# Ends the run with a reason, which finish prints.
+# Ends the run with a reason and an exit status. finish prints the reason.
 die() { failure=$1 && exit "${2:-1}"; }
 say() { printf '      %s\n' "$1"; }
-# Prints each line at once, and repeated lines once. sed and uniq would buffer.
-indent() { local last="" && while IFS= read -r line; do [ "$line" = "$last" ] || say "$line" && last=$line; done; }
+# Indents lines and drops repeated ones. sed and uniq would delay them in a buffer.
+indent() {
+  local line last=""
+  while IFS= read -r line; do
+    [ "$line" = "$last" ] || say "$line"
+    last=$line
+  done
+}
 kube() { kubectl ${context:+--context "$context"} --namespace "$name" "$@"; }
-# Prints a field of an object in the cluster, "" if the object or field is missing.
+# Prints a field of an object in the cluster, or nothing if the object or the field is missing.
 live() { kube get "$1" --ignore-not-found --output "jsonpath={$2}"; }
-# Prints a parameter or an output of the stack. Emulators of AWS print a list in brackets.
+# Prints a parameter or an output of the stack. Emulators of AWS print lists in brackets.
 value_of() { awk -F '\t' -v key="$1" '$1 == key { gsub(/[]\[ \047]/, "", $2); print $2 }' <<<"$stack_values"; }
 
 step() {
@@ -55,14 +61,14 @@ step() {
 }
 
 problem() { problems+=("$1"); }
-# Prints the last line of a command's standard error, which 2>"$work/error" has saved.
+# Prints the last line that a command has written to $work/error.
 last_error() { grep -v '^[[:space:]]*$' "$work/error" | tail -n 1 || true; }
-# Sets response to a command's output, or records a problem: this text, and the command's last error.
+# Sets response to a command's output. If the command fails, records the first argument as a problem.
 ask() { response=$("${@:2}" 2>"$work/error") || { problem "$1 ($(last_error))." && return 1; }; }
-# Runs a verbose tool. Its last lines are shown only when it fails.
+# Runs a verbose command, and shows the end of its output only if it fails.
 quietly() { "$@" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2 && return 1; }; }
 
-# Retries a command for this many seconds after its first failure. Some errors are final.
+# Retries a command until it succeeds, for $1 seconds after its first failure. Final errors are not retried.
 wait_until() {
   local end="" final='progress deadline|changed meanwhile|NotFound|denied|forbidden|unauthorized|expired|credentials'
   until "${@:2}" 2>"$work/error"; do
@@ -147,7 +153,7 @@ show_stack() {
     grep -q 'does not exist' "$work/stack" || { cat "$work/stack" >&2 && return 1; }
 }
 
-# Reads the deployed settings. The kubeconfig is temporary; --context selects one of the operator's own.
+# Reads the deployed settings. Without --context, a temporary kubeconfig leads to the cluster.
 read_cluster() {
   local alb='.metadata.annotations.alb\.ingress\.kubernetes\.io'
   if [ -z "$context" ]; then
@@ -163,12 +169,12 @@ read_cluster() {
       '.spec.template.spec.containers[0].env[?(@.name=="TOKEN_SSM_PARAMETER")].value')
 }
 
-# The load balancer controller must exist. Objects of another deployment must not be replaced or deleted.
+# Another deployment's objects must not be replaced or deleted, and the cluster must be able to make an ALB.
 check_cluster() {
   local own_role=:iam::$account:role/$role
   response=$(aws eks describe-cluster --name "$cluster" --query cluster.identity.oidc.issuer \
     --output text 2>"$work/error") || {
-    # A stack's cluster may be deleted before the stack. Any other missing cluster is a mistake.
+    # --delete must work after the stack's cluster was deleted. Any other missing cluster is a mistake.
     [[ $mode:$cluster = "delete:$(value_of ClusterName)" && $(last_error) == *ResourceNotFound* ]] ||
       problem "AWS does not show the cluster $cluster in $region: correct --cluster or --region ($(last_error))."
     return 0
@@ -179,7 +185,7 @@ check_cluster() {
   [[ ${live_role:-$own_role} == *"$own_role" ]] ||
     problem "The cluster $cluster belongs to another deployment, of $live_role: correct --cluster or --environment."
   [ "$mode" != delete ] || return 0
-  # The class identifies the controller: that of EKS Auto Mode has no Deployment.
+  # EKS Auto Mode has no Deployment of the controller, but both kinds of controller have an IngressClass.
   [[ $controller =~ ^(ingress\.k8s\.aws|eks\.amazonaws\.com)/alb$ ]] ||
     problem "The cluster has no IngressClass alb: install the AWS Load Balancer Controller; for Auto Mode see SETUP.md."
   [ "$paused" != true ] ||
@@ -192,7 +198,8 @@ check_cluster() {
 run eksctl utils associate-iam-oidc-provider --region $region --cluster $cluster --approve."
 }
 
-# Order of precedence: the option, the cluster (after a failed run the stack differs from it), the stack, the default.
+# Order of precedence: the option, the cluster, the stack, the default. After a failed run, the stack has
+# values that no pod uses.
 complete_options() {
   queue=${queue_name:-${live_queue##*/}} queue=${queue:-$(value_of QueueName)} queue=${queue:-dev-CP-queue}
   queue_url=https://sqs.$region.$dns_suffix/$account/$queue
@@ -212,13 +219,12 @@ check_token() {
   token_found=${response%%[[:space:]]*}
   [ "$token_found" != None ] || token_found=""
   [[ $response != *$'\n'* ]] || say "note: there is no token parameter ${response#*$'\n'}"
-  # After a mistyped name, a new random token would lock out every client of the running service.
-  # "given" stands for the token, which the shell's trace would show.
-  [[ -n $token_found${API_TOKEN:+given} || -z $(value_of RoleArn) ]] ||
+  # The service runs, so the name is mistyped: a new random token would lock out every client.
+  [[ -n $token_found || -n ${API_TOKEN:+given} || -z $(value_of RoleArn) ]] ||
     problem "There is no token parameter ${tokens%%,*}: correct --token-parameter, or give its value in API_TOKEN."
 }
 
-# Sets create_queue if the stack has made the queue, and dead_letters to its dead-letter queue.
+# Sets dead_letters to the queue's dead-letter queue, and create_queue if the stack has made the queue.
 check_queue() {
   # Version 1 of the CLI ignores AWS_ENDPOINT_URL for SQS.
   local redrive inspect=(aws sqs get-queue-attributes ${AWS_ENDPOINT_URL:+--endpoint-url "$AWS_ENDPOINT_URL"}
@@ -266,11 +272,11 @@ preflight() {
   [ "$mode" = delete ] || find_tag
 }
 
-# Sets tag to the commit, a hash of uncommitted changes, and a platform other than linux/amd64. The
-# repository's tags are immutable.
+# Sets commit and tag. Tags are immutable, so a tag also names uncommitted changes and another platform.
 find_tag() {
-  tag=$(git rev-parse --short=12 HEAD)
-  git diff --quiet HEAD || tag+=-dirty-$(git diff --no-ext-diff HEAD | git hash-object --stdin | cut -c 1-12)
+  commit=$(git describe --always --exclude '*' --abbrev=40 --dirty)
+  tag=${commit:0:12}
+  [[ $commit != *-dirty ]] || tag+=-dirty-$(git diff --no-ext-diff HEAD | git hash-object --stdin | cut -c 1-12)
   [ "$platform" = linux/amd64 ] || tag+=-${platform##*/}
 }
 
@@ -279,8 +285,8 @@ find_tag() {
 # Prints the union of two comma-separated lists.
 join() { tr , '\n' <<<"$1,$2" | awk 'NF && !seen[$0]++' | paste -s -d , -; }
 
-# Sets parameters of the stack, and queue_arn and token_arns of the new pods. Old pods run beside these
-# until the last step, so the role keeps their permissions until then.
+# Sets the parameters of the stack. Old and new pods run side by side, so the role gets the queue and the
+# tokens of both. finish_stack removes those of the old pods.
 stack_parameters() {
   local arn=arn:$partition:ssm:$region:$account:parameter
   old_queues=$(value_of QueueArns) old_tokens=$(value_of TokenParameterArns)
@@ -292,7 +298,7 @@ stack_parameters() {
     ${parameters[@]+"${parameters[@]}"})
 }
 
-# Omitted parameters keep their value.
+# Deploys the template with these parameters. Omitted ones keep their value.
 deploy_stack() {
   quietly aws cloudformation deploy --stack-name "$stack" --template-file infra/email-processor.yaml \
     --no-fail-on-empty-changeset --tags "service=$name" --capabilities CAPABILITY_NAMED_IAM \
@@ -305,8 +311,8 @@ deploy_stack() {
   }
 }
 
-# Prints the value of a new token parameter. It stays in this subshell and in a pipe: other users can see
-# arguments and exported variables, and logs hold the shell's trace.
+# Prints the token for a new parameter: API_TOKEN, or a random one. Other users can see arguments and
+# exported variables, and a log may hold the shell's trace, so only a subshell and a pipe hold the token.
 token() (
   { set +x; } 2>/dev/null
   token=${API_TOKEN:-}
@@ -337,14 +343,11 @@ find_image() {
 }
 
 push_image() {
-  local commit
   log_in
   if find_image; then
     say "keep $repository:$tag, which the registry has"
   else
-    commit=$(git rev-parse HEAD)
-    git diff --quiet HEAD || commit+=-dirty
-    # A remote's URL may hold a password.
+    # sed removes a password from the remote's URL.
     quietly docker build --platform "$platform" --build-arg "COMMIT=$commit" \
       --build-arg "CREATED=$(git show --no-patch --format=%cI HEAD)" \
       --build-arg "SOURCE_DATE_EPOCH=$(git show --no-patch --format=%ct HEAD)" \
@@ -366,7 +369,7 @@ build_manifests() {
         $alb/listen-ports: '[{\"HTTP\": 80}, {\"HTTPS\": 443}]',
         $alb/ssl-policy: ELBSecurityPolicy-TLS13-1-2-Res-2021-06,"
   [ -z "$web_acl" ] || annotations+=" $alb/wafv2-acl-arn: '$web_acl'"
-  # checksum: pods read the ConfigMap only when they start, so a change of it must replace the pods.
+  # Pods read the ConfigMap only when they start. The checksum makes a changed ConfigMap a new release.
   cp -R k8s "$work/k8s"
   cat >"$work/kustomization.yaml" <<END
 sortOptions: {order: fifo}
@@ -389,13 +392,13 @@ END
   manifests=$(kubectl kustomize "$work")
 }
 
-# Prints the pod template: image, token parameters and the checksum of the configuration.
+# Prints the pod template. It identifies a release: image, token parameters, checksum of the ConfigMap.
 release() { live "deployment/$name" .spec.template; }
 image_of() { sed -E 's/.*"image":"([^"]*)".*/\1/' <<<"$1"; }
 
 apply_manifests() {
   old_release=$(release)
-  # Only a release that a run has completed can be restored.
+  # NewReplicaSetAvailable, if a run has completed this release. No other release can be restored.
   served=$(live "deployment/$name" \
     '.status.conditions[?(@.type=="Progressing")].reason}{.metadata.annotations.unfinished')
   # apply reports a PodDisruptionBudget as "configured" each time, so only diff shows a change.
@@ -410,7 +413,7 @@ apply_manifests() {
     [ -z "$served" ] || quietly kube annotate --overwrite "deployment/$name" unfinished=yes
     quietly kube apply --server-side=false -f - <<<"$manifests"
     grep -v ' unchanged$' "$work/log" | indent || true
-    # The autoscaler would add the second pod only after the rollout of the first.
+    # A first rollout starts with all pods. The autoscaler would add the second one later.
     [ -n "$served" ] || quietly kube scale "deployment/$name" --replicas "$(live "hpa/$name-hpa" .spec.minReplicas)"
   fi
   applied=$(release)
@@ -422,10 +425,11 @@ apply_manifests() {
   fi
 }
 
-# Its timeout is progressDeadlineSeconds, for each step: a total timeout would undo healthy rollouts of many pods.
+# Waits for the rollout. progressDeadlineSeconds limits the time without progress. A limit of the total time
+# would undo healthy rollouts of many pods.
 rollout() { kube rollout status "deployment/$name" | indent; }
 
-# The autoscaler's events would crowd out those of the pods.
+# Shows why the new pods do not become ready, without the many events of the autoscaler.
 show_reasons() {
   local newest
   grep -q 'progress deadline' "$work/error" || return # the pods are not the reason
@@ -435,15 +439,15 @@ show_reasons() {
   newest=$(kube get pods --sort-by .metadata.creationTimestamp --output name | tail -n 1)
   [ -n "$newest" ] || return 0
   live "$newest" '.status.conditions[?(@.status=="False")].message' && echo
-  # The log of a ready pod does not show why the load balancer finds it unhealthy.
+  # A container that is ready waits for the load balancer's health check. Its log does not explain that.
   [ "$(live "$newest" '.status.containerStatuses[0].ready')" = true ] || {
     kube logs "$newest" --all-containers --tail 20
     kube logs "$newest" --all-containers --tail 20 --previous 2>/dev/null
   }
 }
 
-# Prints a JSON patch that restores an object. rollout undo restores only the pod template, without ConfigMap.
-# Server-side apply keeps fields that the failed release added by client-side apply, and takes over replicas.
+# Prints a JSON patch that restores an object. The alternatives restore less: rollout undo only the pod
+# template, without ConfigMap; server-side apply keeps fields that the failed release has added.
 patch_of() {
   local metadata content
   metadata=$(live "$1" .metadata) && content=$(live "$1" ".$2") &&
@@ -451,7 +455,7 @@ patch_of() {
       {op: replace, path: /$2, value: $content}]"
 }
 
-# Fails if another run or an operator has changed the Deployment since this run applied it.
+# Fails if another run or an operator has changed the release since this run applied it.
 still_ours() {
   local now && now=$(release) || return
   [ "$now" != "${applied:-$now}" ] || return 0
@@ -466,7 +470,7 @@ put_back() {
     --patch "${old_deployment%]}, {op: replace, path: /spec/replicas, value: $replicas}]"
 }
 
-# Goes back to the earlier release, and adds the result to failure.
+# Restores the earlier release, if it has served, and adds the result to failure.
 go_back() {
   local reason="it is the first release: correct it and run this again"
   [ -z "$old_release" ] || reason="the release before it was not completed either: deploy a commit that worked"
@@ -475,17 +479,17 @@ go_back() {
   failure="Going back failed. The Deployment has"
   wait_until 60 put_back ||
     { failure+=" $(image_of "$(release 2>/dev/null || echo "probably the new release, $image")")." && return; }
-  trap : INT TERM HUP # a signal only ends the wait
+  trap : INT TERM HUP # the release is restored; a signal may end the wait for its pods
   failure="The deployment was undone: the earlier release serves again."
   rollout || failure="The deployment was undone, but not all pods serve yet: see kubectl --namespace $name get pods."
 }
 
-# Ends every run: explains a failure, and undoes the release.
+# The exit trap: explains a failure, and undoes the release.
 finish() {
   local status=$?
-  set +e # an explanation that cannot be printed must not end this
+  set +e # continue if the terminal is closed and nothing can be printed
   trap '' INT TERM HUP PIPE # a second Ctrl-C must not interrupt the rollback
-  exec >&3 2>&3 # output may go into a file here, and standard output may be a closed pipe
+  exec >&3 2>&3 # the interrupted command's output may go into a file
   if [ "$status" -ne 0 ]; then
     [ "$status" -ne 130 ] || failure="Interrupted in the step '$doing'."
     [ -n "$failure" ] || failure="The step '$doing' failed. Correct the reasons above, and run this again." status=1
@@ -508,13 +512,13 @@ keep_release() {
 
 has_alb() { host=$(live "ingress/$name-ingress" '.status.loadBalancer.ingress[0].hostname') && [ -n "$host" ]; }
 
-# Ends the run with this reason, after the events of the ALB.
+# Ends the run with this reason, after the events of the Ingress.
 no_alb() {
   kube describe ingress "$name-ingress" >&2 || true
   die "$1. See the events above, and kubectl --namespace kube-system logs deployment/aws-load-balancer-controller."
 }
 
-# Tries the service from outside. A new ALB and its name need some minutes.
+# Checks the service from outside. A new ALB and its DNS name need some minutes.
 try_service() {
   local url=${check%/}
   [ "$check" != alb ] || url=http://$host
@@ -526,10 +530,10 @@ try_service() {
   keep_release
 }
 
-# Prints those items of a list of the stack that this run needs, or that another run has added meanwhile.
+# Prints the items of $2 and those of the stack's list $1, except items of $3: those belong to the old pods.
 needed() { join "$2" "$(value_of "$1" | tr , '\n' | grep -vxF "$(tr , '\n' <<<"$3")")"; }
 
-# The alarms on the ALB need its name. The role keeps only the permissions of the new pods.
+# Adds the alarms on the ALB, and removes the permissions that only the old pods needed.
 finish_stack() {
   local balancer="" group=""
   still_ours
@@ -590,7 +594,7 @@ Nothing was changed.
 END
 }
 
-# Standard output holds only the manifests.
+# Prints the manifests, and everything else on standard error.
 render() {
   if command -v aws >/dev/null; then
     preflight >/dev/null
@@ -616,7 +620,7 @@ delete() {
   elif [ -z "$stack_values$live_role" ]; then
     say "there is no stack $stack, so a namespace $name would belong to another deployment and is kept"
   else
-    # The controller must remove the ALB first: the namespace would wait for its finalizer.
+    # The controller removes the ALB first. Otherwise the namespace would wait for the Ingress's finalizer.
     quietly kube delete ingress "$name-ingress" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
       no_alb "The Ingress was not deleted, so the ALB may be left"
     quietly kube delete namespace "$name" --interactive=false --ignore-not-found --timeout "${timeout}s" ||
@@ -645,7 +649,7 @@ number=0 steps=8 doing=start failure="" problems=() undo=no work=""
 # Filled by the checks of AWS and the cluster.
 stack_values="" issuer="" applied="" replicas="" live_role="" live_queue="" live_tokens="" live_certificate=""
 dead_letters="" token_found=""
-exec 3>&2 # finish prints here, even if it interrupts a command with redirected output
+exec 3>&2 # for finish
 trap finish EXIT
 trap 'exit 130' INT TERM HUP PIPE
 read_arguments "$@"
@@ -654,13 +658,12 @@ check_arguments
 [ "$mode" != dry-run ] || steps=1
 [ "$mode" != delete ] || steps=4
 
-name=email-processor # of the stack, the repository, the namespace and what is in it
+name=email-processor # of the stack, the repository, the namespace and its objects
 # As infra/email-processor.yaml names them.
 stack=$name${environment:+-$environment} role=$name-role${environment:+-$environment} repository=$registry/$stack
-# Only the shell needs it, not the tools.
-export -n API_TOKEN
+export -n API_TOKEN # the tools do not need it
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region AWS_PAGER="" KUBERC=off
-unset KUBECTL_EXTERNAL_DIFF # its exit status might mean something else
+unset KUBECTL_EXTERNAL_DIFF # its exit status may differ from diff's
 stopped="the service is stopped: kubectl --namespace $name scale deployment/$name --replicas 2 starts it"
 case $region in # as in botocore's list of partitions
   cn-*) partition=aws-cn dns_suffix=amazonaws.com.cn ;;

@@ -1,7 +1,7 @@
 """Stand-ins of `docker`, `kubectl`, `aws` and `curl` for deploy.sh: `stand_in.py TOOL ARGUMENT...`.
 
 The folder in STAND_IN holds `calls.jsonl` (arguments, standard input, the environment's names) and
-`state.json`: the contents of registry, cluster and AWS, and the failures to simulate. `kubectl
+`state.json`: the contents of registry, cluster and AWS, and the faults to simulate. `kubectl
 kustomize` runs the real one. `kubectl apply` replaces objects: the pipeline's cluster merges.
 """
 
@@ -24,10 +24,6 @@ Object = dict[str, Any]
 
 def docker(state: Object, arguments: list[str]) -> str:
     match arguments:
-        case ["info"] if not state["engine"]:
-            sys.exit("Cannot connect to the Docker daemon")
-        case ["build", *_] if state["build_fails"]:
-            sys.exit("ERROR: failed to solve: process did not complete successfully")
         case ["buildx", "imagetools", "inspect", "--format", template, reference]:
             if reference not in state["pushed"]:
                 sys.exit(f"ERROR: {reference}: not found")
@@ -42,11 +38,10 @@ def docker(state: Object, arguments: list[str]) -> str:
 def aws(state: Object, arguments: list[str], text: str) -> str:
     service, command, *options = arguments
     given = dict(zip(options[::2], options[1::2], strict=False))
-    if f"{service} {command}" == state["denied"]:
-        sys.exit("An error occurred (AccessDenied)")
+    fixed = str(state["aws"].get(f"{service} {command}", ""))
+    if fixed.startswith("An error occurred"):
+        sys.exit(fixed)
     match service, command:
-        case "sts", _:
-            return f"{state['account']}\n"
         case "cloudformation", "describe-stacks":
             if state["stack"] is None:
                 sys.exit("An error occurred (ValidationError): Stack does not exist")
@@ -56,48 +51,19 @@ def aws(state: Object, arguments: list[str], text: str) -> str:
             update = dict(override.split("=", 1) for override in overrides)
             state["stack"] = {"RoleArn": "made", **(state["stack"] or {}), **update}
             state["updates"].append(update)
-        case "eks", "describe-cluster":
-            if given["--name"] not in state["clusters"]:
-                sys.exit("An error occurred (ResourceNotFoundException)")
-            return "https://oidc.example/id/1\n"
         case "eks", "update-kubeconfig":
             Path(os.environ["KUBECONFIG"]).write_text("apiVersion: v1\nkind: Config\n")
-        case "iam", _:
-            assert "':oidc-provider/oidc.example/id/1'" in given["--query"]
-            return str(state["provider"])
         case "ssm", "get-parameters":
             names = options[options.index("--names") + 1 : options.index("--query")]
             found = [name for name in names if name in state["parameters"]] or ["None"]
             return "\n".join([found[0], *sorted({*names} - {*found})])
         case "ssm", "put-parameter":
             state["parameters"][given["--name"]] = text
-        case "sqs", "get-queue-attributes":
-            if given["--queue-url"].rpartition("/")[2] not in state["queues"]:
-                sys.exit("An error occurred (AWS.SimpleQueueService.NonExistentQueue)")
-            return str(state["redrive"])
-        case "acm", _:
-            return str(state["certificate"])
-        case "elbv2", "describe-load-balancers":
-            return "arn:aws:elasticloadbalancing:loadbalancer/app/a/1\n"
-        case "elbv2", "describe-target-groups":
-            return "arn:aws:elasticloadbalancing:targetgroup/b/2\n"
-    return ""
+    return fixed
 
 
 def kubectl(state: Object, arguments: list[str], text: str) -> str:
-    while arguments[0] in ("--context", "--namespace"):
-        arguments = arguments[2:]
     objects = state["objects"]
-    if state["unreadable"] and state["unreadable"] in arguments:
-        sys.exit("Error from server (Forbidden)")
-    for word in {*state["down"]} & {*arguments}:
-        state["down"][word] -= 1
-        if state["down"][word] < 0:  # until the operator logs in again
-            sys.exit("error: You must be logged in to the server (Unauthorized)")
-        if not state["down"][word]:
-            del state["down"][word]
-        save(state)
-        sys.exit("The connection to the server was refused - did you specify the right host?")
     match arguments:
         case ["get", *words, "--output", path] if path.startswith("jsonpath="):
             name = "/".join(word for word in words if not word.startswith("--"))
@@ -106,13 +72,8 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
             return "".join(field(objects[name], path) for path in paths) if name in objects else ""
         case ["get", "pods", *_, "--output", "name"]:
             return "".join(f"{name}\n" for name in objects if name.startswith("pod/"))
-        case ["get", ("pods" | "events") as kind, *_]:
-            return f"{kind}: Back-off pulling image\n"
-        case ["describe", kind, name]:
-            return f"events of {kind} {name}\n"
-        case ["logs", name, *_]:
-            assert name in objects, "a usage text"
-            return "AWS_REGION must be a region\n"
+        case ["get" | "describe" | "logs" as verb, *words]:
+            return f"{verb} {words[0]}: the reason\n"
         case ["diff", *_]:
             sys.exit(not all(is_applied(objects, manifest) for manifest in documents(text)))
         case ["apply", "--server-side=false", "-f", "-"]:
@@ -146,10 +107,8 @@ def kubectl(state: Object, arguments: list[str], text: str) -> str:
         case ["rollout", "status", *_]:
             return roll_out(state)
         case ["delete", kind, name, *options]:
-            asks = state["kuberc"] and os.environ.get("KUBERC") != "off"
-            if kind in state["stuck"]:
-                sys.exit(f"error: timed out waiting for the condition on {kind}s/{name}")
-            if not asks and "--interactive=false" in options and not state["kept"]:
+            # As with interactive=true in the operator's kuberc: otherwise kubectl waits for a yes.
+            if "--interactive=false" in options and os.environ.get("KUBERC") == "off":
                 objects.pop(f"{kind}/{name}", None)
         case _:
             sys.exit(f"unknown command {arguments}")
@@ -176,13 +135,13 @@ def field(value: Any, path: str) -> str:
     return "" if value == {} else json.dumps(value, separators=(",", ":"))
 
 
-def identity(manifest: Object) -> str:
-    return f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
-
-
 def is_applied(objects: Object, manifest: Object) -> bool:
     live = objects.get(identity(manifest), {"metadata": {}})
     return bool(live["metadata"].get("annotations", {}).get(LAST_APPLIED) == json.dumps(manifest))
+
+
+def identity(manifest: Object) -> str:
+    return f"{manifest['kind'].lower()}/{manifest['metadata']['name']}"
 
 
 def apply(state: Object, manifest: Object) -> None:
@@ -190,14 +149,13 @@ def apply(state: Object, manifest: Object) -> None:
     if is_applied(objects, manifest):
         return
     after = json.loads(json.dumps(manifest))
-    after["metadata"].setdefault("annotations", {})[LAST_APPLIED] = json.dumps(manifest)
+    annotations = after["metadata"].setdefault("annotations", {})
+    annotations[LAST_APPLIED] = json.dumps(manifest)
     if name == DEPLOYMENT:
-        after["spec"]["replicas"] = objects[name]["spec"]["replicas"] if name in objects else 1
-        after["status"] = objects.get(name, {}).get("status", {})
-        if unfinished := field(objects.get(name, {}), "{.metadata.annotations.unfinished}"):
-            after["metadata"]["annotations"]["unfinished"] = unfinished
-        if state["rollout_fails"]:
-            state["broken"].append(after["spec"]["template"])
+        live = objects.get(name, {"spec": {"replicas": 1}, "status": {}})
+        after["spec"]["replicas"], after["status"] = live["spec"]["replicas"], live["status"]
+        if unfinished := field(live, "{.metadata.annotations.unfinished}"):
+            annotations["unfinished"] = unfinished
     if state["hostname"] and manifest["kind"] == "Ingress":
         after["status"] = {"loadBalancer": {"ingress": [{"hostname": state["hostname"]}]}}
     store(objects, after)
@@ -217,23 +175,43 @@ def set_progress(deployment: Object, reason: str) -> None:
 def roll_out(state: Object) -> str:
     deployment = state["objects"][DEPLOYMENT]
     print("Waiting for deployment\n" * 3, end="", flush=True)
-    if state["blocks"]:
-        (FOLDER / "go").read_text()  # a named pipe
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
-    container["image"] = state["meanwhile"] or container["image"]  # as another run does
-    if state["added"]:
-        state["stack"]["QueueArns"] += state["added"]
-    deployment["spec"]["replicas"] += state["more"]  # as the autoscaler does
-    state["more"] = 0
-    broken = deployment["spec"]["template"] in state["broken"]
-    broken |= deployment["status"]["conditions"][0]["reason"] == "ProgressDeadlineExceeded"
-    set_progress(deployment, "ProgressDeadlineExceeded" if broken else "NewReplicaSetAvailable")
-    if broken:
-        if state["pod"]:
-            state["objects"]["pod/new"] = {"status": state["pod"]}
+    if (FOLDER / "go").exists():
+        (FOLDER / "go").read_text()  # a named pipe: the rollout ends when the test says so
+    late = deployment["status"]["conditions"][0]["reason"] == "ProgressDeadlineExceeded"
+    if state["late_rollouts"]:
+        late = True
+        state["late_rollouts"] -= 1
+    set_progress(deployment, "ProgressDeadlineExceeded" if late else "NewReplicaSetAvailable")
+    if late:
         save(state)
         sys.exit("error: deployment exceeded its progress deadline")
     return 'deployment "email-processor" successfully rolled out\n'
+
+
+def fail_or_interrupt(state: Object, words: list[str]) -> None:
+    """A call with a word of state["down"] fails that many times, or each time if that is 0."""
+    for word in {*state["down"]} & {*words}:
+        if not state["down"][word]:
+            sys.exit("error: You must be logged in to the server (Unauthorized)")
+        state["down"][word] -= 1
+        if not state["down"][word]:
+            del state["down"][word]
+        save(state)
+        sys.exit("The connection to the server was refused - did you specify the right host?")
+    if state["interrupted"] and state["interrupted"] in words:
+        state["interrupted"] = ""
+        save(state)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+
+
+def merge(into: Object, changes: Object) -> None:
+    for name, value in changes.items():
+        if isinstance(value, dict) and value:
+            merge(into.setdefault(name, {}), value)
+        else:
+            into[name] = value
 
 
 def save(state: Object) -> None:
@@ -249,24 +227,18 @@ def main() -> None:
     with (FOLDER / "calls.jsonl").open("a") as calls:
         call = {"tool": tool, "arguments": arguments, "stdin": text, "names": [*os.environ]}
         calls.write(json.dumps(call) + "\n")
+    while arguments[0] in ("--context", "--namespace"):
+        arguments = arguments[2:]
     state = json.loads((FOLDER / "state.json").read_text())
-    if state["interrupted"] and state["interrupted"] in arguments:
-        state["interrupted"] = ""
-        save(state)
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+    fail_or_interrupt(state, [tool, *arguments])
+    for word in {*state["meanwhile"]} & {tool, *arguments}:
+        merge(state, state["meanwhile"].pop(word))
     if tool == "docker":
         sys.stdout.write(docker(state, arguments))
     elif tool == "kubectl":
         sys.stdout.write(kubectl(state, arguments, text))
     elif tool == "aws":
         sys.stdout.write(aws(state, arguments, text))
-    elif state["curl_fails"]:
-        sys.exit(28)
-    else:
-        state.update(state["from_check"])
-        state["from_check"] = {}
     save(state)
 
 

@@ -12,7 +12,7 @@ import pytest
 from moto.cloudformation import cloudformation_backends
 from moto.cloudformation.parsing import clean_json
 from test_documentation import OPENAPI, page
-from test_manifests import HPA, NAME, SERVICE, SERVICE_ACCOUNT, SETTINGS
+from test_manifests import HPA, NAME, SERVICE_ACCOUNT, SETTINGS
 
 import app
 
@@ -90,11 +90,6 @@ def test_documented_trust_of_pod_identity_names_the_service_account() -> None:
     }
 
 
-def test_key_is_used_through_the_host_of_ssm_in_every_partition() -> None:
-    # moto has one value for AWS::URLSuffix.
-    assert "kms:ViaService: !Sub ssm.${AWS::Region}.${AWS::URLSuffix}" in TEMPLATE
-
-
 @pytest.mark.parametrize("key", ["", "arn:aws:kms:us-west-1:123:key/1a-2b"])
 def test_role_may_only_use_its_tokens_queues_and_key(key: str) -> None:
     tokens = [token_arn("/old"), token_arn("/new")]
@@ -103,30 +98,18 @@ def test_role_may_only_use_its_tokens_queues_and_key(key: str) -> None:
     role = stack(**given, TokenKeyArn=key)["Role"]
     assert "ManagedPolicyArns" not in role
     (policy,) = role["Policies"]
-    through_ssm = {"StringEquals": {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}}
-    decrypt = {
-        "Sid": "DecryptToken",
-        "Effect": "Allow",
-        "Action": "kms:Decrypt",
-        "Resource": key,
-        "Condition": through_ssm,
-    }
-    # moto leaves None where AWS::NoValue leaves nothing.
-    assert list(filter(None, policy["PolicyDocument"]["Statement"])) == [
-        {"Sid": "ReadToken", "Effect": "Allow", "Action": "ssm:GetParameters", "Resource": tokens},
-        {
-            "Sid": "SendMessages",
-            "Effect": "Allow",
-            "Action": ["sqs:SendMessage", "sqs:GetQueueAttributes"],
-            "Resource": queues,
-        },
-        *([decrypt] if key else []),
-    ]
-
-
-def test_no_other_resource_grants_anything() -> None:
-    kinds = set(re.findall(r"^    Type: AWS::(\S+)$", TEMPLATE, re.MULTILINE))
-    assert {kind for kind in kinds if re.search("IAM|Policy|Permission", kind)} == {"IAM::Role"}
+    read, send, *decrypt = policy["PolicyDocument"]["Statement"]
+    assert (read["Action"], read["Resource"]) == ("ssm:GetParameters", tokens)
+    assert send["Action"] == ["sqs:SendMessage", "sqs:GetQueueAttributes"]
+    assert send["Resource"] == queues
+    if key:
+        assert (decrypt[0]["Action"], decrypt[0]["Resource"]) == ("kms:Decrypt", key)
+        through = {"kms:ViaService": "ssm.us-west-1.amazonaws.com"}
+        assert decrypt[0]["Condition"] == {"StringEquals": through}
+    else:
+        assert not any(decrypt), "moto leaves None where AWS::NoValue leaves nothing"
+    # moto has one value for AWS::URLSuffix.
+    assert "kms:ViaService: !Sub ssm.${AWS::Region}.${AWS::URLSuffix}" in TEMPLATE
 
 
 # --- Names ----------------------------------------------------------------------------------------
@@ -153,9 +136,8 @@ def test_deploy_sh_gives_what_the_template_takes() -> None:
     assert token in script
 
 
-@pytest.mark.parametrize(
-    ("parameter", "accepted", "rejected"),
-    [
+def test_patterns_reject_wrong_values() -> None:
+    for parameter, accepted, rejected in (
         ("OidcProvider", ISSUER, f"https://{ISSUER}"),
         ("QueueName", "mail.fifo", "*"),
         ("EnvironmentName", "test", "Prod_1"),
@@ -163,16 +145,13 @@ def test_deploy_sh_gives_what_the_template_takes() -> None:
         ("TokenParameterArns", token_arn("/email-service/api-token"), token_arn("/*")),
         ("TokenKeyArn", "arn:aws:kms:us-west-1:123456789012:key/1a-2b", "*"),
         ("AlarmEmail", "on-call@example.com", "on-call"),
-        ("LoadBalancerFullName", "app/email/1a", "arn:aws:app/email/1a"),
-    ],
-)
-def test_pattern_rejects_a_wrong_value(parameter: str, accepted: str, rejected: str) -> None:
-    (pattern,) = re.findall(
-        rf'^  {parameter}:\n(?:    .*\n)*?    AllowedPattern: "(.*)"$', TEMPLATE, re.MULTILINE
-    )
-    pattern = pattern.replace("\\\\", "\\")  # as YAML reads it
-    assert re.fullmatch(pattern, accepted)
-    assert not re.fullmatch(pattern, rejected)
+    ):
+        (pattern,) = re.findall(
+            rf'^  {parameter}:\n(?:    .*\n)*?    AllowedPattern: "(.*)"$', TEMPLATE, re.MULTILINE
+        )
+        pattern = pattern.replace("\\\\", "\\")  # as YAML reads it
+        assert re.fullmatch(pattern, accepted), parameter
+        assert not re.fullmatch(pattern, rejected), parameter
 
 
 # --- Image, queues, rate limit --------------------------------------------------------------------
@@ -186,12 +165,11 @@ def test_queue_is_only_made_on_request_and_redrives_to_its_dead_letter_queue() -
     assert of_type("SQS::Queue") == {}
     made = of_type("SQS::Queue", CreateQueue="true", DeadLetterQueueName="dead")
     queue, dead = made["Queue"], made["DeadLetterQueue"]
-    assert (queue["QueueName"], dead["QueueName"]) == ("dev-CP-queue", "dead")
     # A message that moves to the dead-letter queue keeps its age.
     assert queue["MessageRetentionPeriod"] <= dead["MessageRetentionPeriod"]
     assert queue["MaximumMessageSize"] == dead["MaximumMessageSize"]
     arn = "arn:aws:sqs:us-west-1:ACCOUNT_ID:"
-    assert queue["RedrivePolicy"] == {"deadLetterTargetArn": f"{arn}dead", "maxReceiveCount": 5}
+    assert queue["RedrivePolicy"]["deadLetterTargetArn"] == f"{arn}dead"
     assert dead["RedriveAllowPolicy"]["sourceQueueArns"] == [f"{arn}dev-CP-queue"]
 
 
@@ -201,11 +179,12 @@ def test_only_queues_outlive_the_stack() -> None:
     assert len(re.findall(kept, TEMPLATE, re.M)) == TEMPLATE.count("DeletionPolicy") == 2
 
 
-def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
-    acl = stack(RateLimit="100")["WebAcl"]
+def test_rate_limit_responds_with_the_documented_429() -> None:
+    acl = stack()["WebAcl"]
     (rule,) = acl["Rules"]
     limit = rule["Statement"]["RateBasedStatement"]
-    assert (limit["AggregateKeyType"], int(limit["Limit"])) == ("IP", 100)
+    minutes = limit["EvaluationWindowSec"] // 60
+    assert f"{int(limit['Limit']):,} requests in {minutes} minutes" in page("setup")
     response = rule["Action"]["Block"]["CustomResponse"]
     assert response["ResponseCode"] == 429
     assert [header["Name"] for header in response["ResponseHeaders"]] == ["Retry-After"]
@@ -215,12 +194,6 @@ def test_rate_is_limited_for_each_address_with_429_in_json() -> None:
     assert json.loads(body["Content"]) == documented["application/json"]["example"]
     measured = [each["VisibilityConfig"]["MetricName"] for each in (acl, rule)]
     assert measured == [NAME, "RateLimit"], "as the dashboard draws it"
-
-
-def test_default_rate_limit_is_documented() -> None:
-    limit = stack()["WebAcl"]["Rules"][0]["Statement"]["RateBasedStatement"]
-    minutes = limit["EvaluationWindowSec"] // 60
-    assert f"{int(limit['Limit']):,} requests in {minutes} minutes" in page("setup")
 
 
 # --- Alarms and dashboard -------------------------------------------------------------------------
@@ -233,11 +206,9 @@ SERIES = {
     f"AWS/ApplicationELB HTTPCode_ELB_5XX_Count {BALANCER}",
     f"AWS/ApplicationELB TargetResponseTime {BALANCER}",
     f"AWS/ApplicationELB UnHealthyHostCount {BALANCER} TargetGroup=targetgroup/email/2b",
-    "AWS/SQS ApproximateNumberOfMessagesVisible QueueName=dev-CP-queue",
     "AWS/SQS ApproximateNumberOfMessagesVisible QueueName=dead",
     "AWS/SQS ApproximateAgeOfOldestMessage QueueName=dev-CP-queue",
     f"ContainerInsights service_number_of_running_pods ClusterName=dev-CP-EKS-CLUSTER {PODS}",
-    f"AWS/WAFV2 BlockedRequests WebACL={NAME} Region=us-west-1 Rule=RateLimit",
 }
 COMPLETE = {
     "LoadBalancerFullName": "app/email/1a",
@@ -246,20 +217,17 @@ COMPLETE = {
 }
 
 
-def series(namespace: str, metric: str, dimensions: dict[str, str]) -> str:
-    return " ".join([namespace, metric, *(f"{name}={each}" for name, each in dimensions.items())])
-
-
 def watched(alarm: dict[str, Any]) -> set[str]:
-    queries = [part["MetricStat"]["Metric"] for part in alarm.get("Metrics", [])[1:]] or [alarm]
-    return {
-        series(
-            query["Namespace"],
-            query["MetricName"],
-            {part["Name"]: part["Value"] for part in query["Dimensions"]},
-        )
-        for query in queries
-    }
+    found = set()
+    for query in [part["MetricStat"]["Metric"] for part in alarm.get("Metrics", [])[1:]] or [alarm]:
+        dimensions = [f"{part['Name']}={part['Value']}" for part in query["Dimensions"]]
+        found.add(" ".join([query["Namespace"], query["MetricName"], *dimensions]))
+    return found
+
+
+def named(metrics: list[list[Any]]) -> set[str]:
+    """The names of metrics of a dashboard. "..." repeats the line before."""
+    return {line[1] for line in metrics if len(line) > 1 and line[0] != "..."}
 
 
 def widgets(kind: str = "metric", **parameters: str) -> list[dict[str, Any]]:
@@ -267,48 +235,31 @@ def widgets(kind: str = "metric", **parameters: str) -> list[dict[str, Any]]:
     return [widget["properties"] for widget in body["widgets"] if widget["type"] == kind]
 
 
-def drawn(**parameters: str) -> set[str]:
-    """The metrics of the dashboard, with short forms expanded, and its expressions."""
-    lines = set()
-    for widget in widgets(**parameters):
-        before: list[str] = []
-        for *parts, options in widget["metrics"]:
-            if not parts:
-                lines.add(options["expression"])
-                continue
-            parts = before if parts == ["..."] else parts
-            before = [b if p == "." else p for p, b in zip(parts, before or parts, strict=True)]
-            dimensions = dict(zip(before[2::2], before[3::2], strict=True))
-            lines.add(series(before[0], before[1], dimensions))
-    return lines
-
-
 def test_alarms_watch_metrics_of_aws() -> None:
-    found = set().union(*map(watched, of_type("CloudWatch::Alarm", **COMPLETE).values()))
-    assert found <= SERIES
-    assert {each.split()[1] for each in SERIES - found} == {
-        "BlockedRequests",
-        "ApproximateNumberOfMessagesVisible",  # of the queue: only its age counts
+    alarms = of_type("CloudWatch::Alarm", **COMPLETE)
+    assert len(alarms) == 6
+    assert set().union(*map(watched, alarms.values())) <= SERIES
+
+
+def test_dashboard_draws_the_metrics_of_the_alarms() -> None:
+    names = {name for widget in widgets() for name in named(widget["metrics"])}
+    assert names == {each.split()[1] for each in SERIES} - {"UnHealthyHostCount"} | {
+        "BlockedRequests"
     }
-
-
-def test_dashboard_draws_metrics_of_aws() -> None:
     rate = stack(**COMPLETE)["ServerErrorRateHigh"]["Metrics"][0]["Expression"]
-    (unhealthy,) = (each for each in SERIES if "UnHealthyHostCount" in each)  # only an alarm
-    assert drawn(**COMPLETE) == SERIES - {unhealthy} | {rate}
+    assert rate in stack()["Dashboard"]["DashboardBody"]
     # A dimension must not be empty, before there is a load balancer.
-    assert "AWS/ApplicationELB RequestCount LoadBalancer=none" in drawn()
+    assert ["LoadBalancer", "none"] in [widget["metrics"][0][2:4] for widget in widgets()]
 
 
 def test_dashboard_reads_the_log_of_its_cluster() -> None:
     source = "SOURCE '/aws/containerinsights/blue/application' | filter "
     queries = [widget["query"] for widget in widgets("log", ClusterName="blue")]
-    assert len(queries) == 3
+    assert queries
     assert all(query.startswith(source) for query in queries)
 
 
 def test_limits_of_the_autoscaler_are_those_of_alarm_and_dashboard() -> None:
-    assert (SERVICE["metadata"]["namespace"], SERVICE["metadata"]["name"]) == (NAME, NAME)
     (lines,) = (each["annotations"]["horizontal"] for each in widgets() if "annotations" in each)
     shown = {line["label"]: line["value"] for line in lines}
     limits = HPA["spec"]["minReplicas"], HPA["spec"]["maxReplicas"]
@@ -323,31 +274,20 @@ def test_error_rate_counts_responses_of_the_alb_itself() -> None:
     names = {q["Id"]: q["MetricStat"]["Metric"]["MetricName"] for q in queries}
     assert names["target"] == "HTTPCode_Target_5XX_Count"
     assert names["balancer"] == "HTTPCode_ELB_5XX_Count"
-    assert {(q["ReturnData"], q["MetricStat"]["Stat"]) for q in queries} == {(False, "Sum")}
 
 
-def numbers(text: str) -> set[str]:
-    return set(re.findall(r"\b\d+\b(?!xx)", text.replace("five", "5")))
-
-
-def test_every_alarm_is_sent_and_has_a_runbook_entry() -> None:
+def test_every_alarm_is_sent_and_names_its_runbook_entry() -> None:
     topic = ["arn:aws:sns:us-west-1:ACCOUNT_ID:email-processor-alarms"]
     for name, alarm in of_type("CloudWatch::Alarm", **COMPLETE).items():
         assert alarm["AlarmActions"] == alarm["OKActions"] == topic
         assert (alarm["AlarmName"], alarm["TreatMissingData"]) == (f"{NAME}-{name}", "notBreaching")
-        text, _, entry = alarm["AlarmDescription"].partition(" Runbook: ")
-        assert entry == name
-        meaning = page("runbook").split(f"\n### {name}\n")[1].split("**Clients see:**")[0]
-        assert numbers(text) <= numbers(meaning)
+        assert alarm["AlarmDescription"].endswith(f" Runbook: {name}")
+    assert of_type("SNS::Subscription") == {}
+    mailed = of_type("SNS::Subscription", AlarmEmail="on-call@example.com")
+    assert [each["Endpoint"] for each in mailed.values()] == ["on-call@example.com"]
 
 
 def test_alarms_on_the_load_balancer_wait_for_it() -> None:
     alarms = of_type("CloudWatch::Alarm", **COMPLETE)
     later = alarms.keys() - of_type("CloudWatch::Alarm").keys()
     assert later == {name for name in alarms if BALANCER in "".join(watched(alarms[name]))}
-
-
-def test_alarms_are_mailed_only_to_a_given_address() -> None:
-    assert of_type("SNS::Subscription") == {}
-    made = stack(AlarmEmail="on-call@example.com")["AlarmSubscription"]
-    assert made["Endpoint"] == "on-call@example.com"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from service import PROJECT
-from test_documentation import page
+from test_documentation import table
 from test_manifests import NEWEST, OLDEST
 from test_scripts import environment, executable
 
@@ -56,15 +56,13 @@ def test_linter_finds_nothing(command: str) -> None:
 
 
 def test_only_a_person_starts_a_deployment() -> None:
-    assert [file.name for file in FILES] == ["ci.yml", "deploy.yml"]
     assert set(DEPLOY[True]) == {"workflow_dispatch"}  # YAML's `on`
     assert DEPLOY["concurrency"]["cancel-in-progress"] is False
 
 
 def test_no_failure_is_ignored() -> None:
-    assert {workflow["defaults"]["run"]["shell"] for workflow in (CI, DEPLOY)} == {
-        "bash"
-    }  # pipefail
+    shells = {workflow["defaults"]["run"]["shell"] for workflow in (CI, DEPLOY)}
+    assert shells == {"bash"}, "with pipefail"
     assert not [step for step in STEPS if "continue-on-error" in step or "if" in step]
 
 
@@ -76,7 +74,7 @@ def test_every_container_is_pinned_by_digest() -> None:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+@sha256:[0-9a-f]{64}", image)
 
 
-def test_ci_tests_every_supported_python_and_kubernetes() -> None:
+def test_every_supported_python_and_kubernetes_is_tested() -> None:
     tested = JOBS["test"]["strategy"]["matrix"]["python"]
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
     image = re.search(r"FROM python:(3\.\d+)-slim", (PROJECT / "Dockerfile").read_text("utf-8"))
@@ -87,72 +85,60 @@ def test_ci_tests_every_supported_python_and_kubernetes() -> None:
     assert [re.findall(r":v(1\.\d+)\.", node) for node in nodes] == [[OLDEST], [NEWEST]]
 
 
-# --- Manifests on a real API server ---------------------------------------------------------------
+def test_pipeline_runs_every_test_and_those_of_the_cluster() -> None:
+    assert SCRIPTS["Test and lint"] == ".ci/run"
+    assert "./setup-local.sh test --all\n" in (PROJECT / ".ci" / "run").read_text("utf-8")
+    (step,) = (step for step in STEPS if "CLUSTER_CONTEXT" in step.get("env", {}))
+    command = [sys.executable, *step["run"].split()[1:], "--collect-only", "-q"]
+    selected = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert "::test_cluster_" in selected.stdout
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "difference", "passes"),
-    [
-        ("echo service/a created", "echo pdb/a configured", "", True),
-        ("echo service/a created; echo Warning: old >&2", "", "", False),
-        ("echo service/a created", "echo Warning: old >&2", "", False),
-        ("echo error: unknown field >&2; exit 1", "", "", False),
-        ("echo service/a created", "exit 1", "", False),
-        ("echo service/a created", "", "echo +spec; exit 1", False),
-    ],
-)
-def test_pipeline_fails_for_a_warning_or_a_difference(
-    first: str, second: str, difference: str, passes: bool, tmp_path: Path
-) -> None:
-    kubectl = f"""kubectl() {{
-      case "$1 $2 $*" in
-        "diff "*" --filename manifests.yaml") {difference or ":"} ;;
-        "apply --validate=strict "*" --filename manifests.yaml")
-          if [ -s first ]; then {second or ":"}; else {first}; fi ;;
-        *) exit 9 ;;
-      esac
-    }}"""
-    done = run_step("Apply the manifests twice", kubectl, cwd=tmp_path)
-    assert (done.returncode == 0) == passes, done
+def test_pipeline_fails_for_a_warning_or_a_difference(tmp_path: Path) -> None:
+    """The first and second `kubectl apply`, and `kubectl diff`."""
+    created, warning = "echo service/a created", "echo Warning: old >&2"
+    for number, (first, second, difference, passes) in enumerate(
+        (
+            (created, "echo pdb/a configured", ":", True),
+            (f"{created}; {warning}", ":", ":", False),
+            (created, warning, ":", False),
+            ("echo error: unknown field >&2; exit 1", ":", ":", False),
+            (created, ":", "echo +spec; exit 1", False),
+        )
+    ):
+        kubectl = f"""kubectl() {{
+          case "$1 $2 $*" in
+            "diff "*" --filename manifests.yaml") {difference} ;;
+            "apply --validate=strict "*" --filename manifests.yaml")
+              if [ -s first ]; then {second}; else {first}; fi ;;
+            *) exit 9 ;;
+          esac
+        }}"""
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        done = run_step("Apply the manifests twice", kubectl, cwd=folder)
+        assert (done.returncode == 0) == passes, done
 
 
-# --- The deployment -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("variable", "options", "expected"),
-    [
-        ("", "", ["alb"]),
-        ("https://mail.example", "--timeout 600", ["https://mail.example", "--timeout", "600"]),
-        ("", "--create-queue\n--rate-limit 3\n", ["alb", "--create-queue", "--rate-limit", "3"]),
-    ],
-)
-def test_deployment_is_one_command_with_a_check(
-    tmp_path: Path, variable: str, options: str, expected: list[str]
-) -> None:
+def test_deployment_is_one_command_with_a_check(tmp_path: Path) -> None:
     executable(tmp_path / "deploy.sh", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    variables = {"SERVICE_URL": variable, "DEPLOY_OPTIONS": options}
-    done = run_step(
-        "Deploy",
-        """aws() {
-            case $1 in ecr) echo https://123456789012.dkr.ecr.us-west-1.amazonaws.com ;;
-            *) echo 123456789012 ;; esac
-        }""",
-        cwd=tmp_path,
-        env=environment(AWS_REGION="us-west-1", EKS_CLUSTER="cluster", **variables),
-    )
     registry = "123456789012.dkr.ecr.us-west-1.amazonaws.com"
-    always = [registry, "123456789012", "--region", "us-west-1", "--cluster", "cluster", "--check"]
-    assert (done.returncode, done.stdout.splitlines()) == (0, always + expected), done
-
-
-def pipeline_section() -> str:
-    return page("setup").split("## Pipeline\n")[1].split("\n## ")[0]
+    aws = f"aws() {{ case $1 in ecr) echo https://{registry} ;; *) echo 123456789012 ;; esac; }}"
+    for url, options, expected in (
+        ("", "", ["alb"]),
+        ("https://mail", "--timeout 600\n--create-queue\n", ["https://mail", "--timeout", "600"]),
+    ):
+        variables = {"SERVICE_URL": url, "DEPLOY_OPTIONS": options}
+        variables |= {"AWS_REGION": "us-west-1", "EKS_CLUSTER": "blue"}
+        done = run_step("Deploy", aws, cwd=tmp_path, env=environment(**variables))
+        always = [registry, "123456789012", "--region", "us-west-1", "--cluster", "blue", "--check"]
+        more = ["--create-queue"] if options else []
+        assert (done.returncode, done.stdout.splitlines()) == (0, always + expected + more), done
 
 
 def test_guide_lists_every_variable_of_a_deployment() -> None:
     used = set(re.findall(r"\bvars\.(\w+)", FILES[1].read_text("utf-8")))
-    assert set(re.findall(r"^\| `(\w+)` \|", pipeline_section(), re.M)) == used
+    assert {row[0] for row in table("Pipeline")} == used
 
 
 def test_role_of_the_pipeline_may_do_what_deploy_sh_asks() -> None:
@@ -167,15 +153,11 @@ def test_role_of_the_pipeline_may_do_what_deploy_sh_asks() -> None:
         ("sts", "get-caller-identity"): "",  # always allowed
     }
     needed = {
-        named.get(
-            (service, call),
-            service.replace("elbv2", "elasticloadbalancing")
-            + ":"
-            + call.replace("-", " ").title().replace(" ", ""),
-        )
+        named.get((service, call), f"{service}:{call.title().replace('-', '')}")
         for service, call in calls
     } - {""}
     role = (PROJECT / ".github" / "deploy-role.yaml").read_text("utf-8")
+    role = role.replace("elasticloadbalancing:", "elbv2:")
     granted = re.findall(r"\b[a-z0-9]+:[A-Z*][A-Za-z*]*", role)
     assert len(needed) >= 10
     assert [each for each in sorted(needed) if not any(fnmatch(each, a) for a in granted)] == []
