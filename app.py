@@ -94,7 +94,7 @@ def commit_of(checkout: Path) -> str:
     return "unknown" if done.returncode else done.stdout.strip()
 
 
-# The image has the variable, and neither git nor a checkout.
+# The image sets COMMIT; it contains neither git nor a checkout.
 COMMIT = os.environ.get("COMMIT", "").strip() or commit_of(PROJECT)
 
 log = logging.getLogger("email_processor")
@@ -104,7 +104,7 @@ log = logging.getLogger("email_processor")
 
 
 class SettingsError(SystemExit):
-    """The environment is unusable. As a SystemExit, it ends the start with its message."""
+    """Invalid environment variables. As for any SystemExit, Python prints the message and exits."""
 
 
 def _setting(default: Any, rule: str, check: Callable[[str], Any]) -> Any:
@@ -144,7 +144,10 @@ def _parameter_names(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """The configuration. A field's environment variable is its name in capitals."""
+    """The configuration. A field's environment variable is its name in capitals.
+
+    A new setting is a new field, and a row in README.md: docs/tables.py writes the row.
+    """
 
     sqs_queue_url: str = _text(MISSING, "the queue's URL", r"https?://[^/\s]+/\S+")
     aws_region: str = _text(
@@ -310,10 +313,7 @@ class Service(Flask):
     def refresh(self) -> None:
         """Start the reads that are due: the tokens, and the queue's limit until it is known."""
         self.tokens.refresh()
-        if not self.publisher.max_message_bytes:
-            self.publisher.refresh_limit()
-
-    # `request` and `g` are proxies: dereference them once.
+        self.publisher.refresh()
 
     def begin(self) -> None:
         """Flask calls this before each request."""
@@ -339,9 +339,9 @@ class Service(Flask):
         return self.finish(g.exchange, response)
 
     def finish(self, exchange: Exchange, response: Response) -> Response:
-        """Count, log and trace the response.
+        """Count, log and trace the response, once for each request.
 
-        Called once per request, in any thread, without Flask's context.
+        Any thread may call this, so it must not use `request` or `g`.
         """
         environ, log_fields = exchange.environ, exchange.log_fields
         path, status = header_text(environ["PATH_INFO"]), response.status_code
@@ -429,7 +429,7 @@ class Service(Flask):
         missing = {}
         if not self.tokens.ready:
             missing["token_store_unavailable"] = (
-                f"The token has not been read yet: {self.tokens.missing_because}"
+                f"The token has not been read yet: {self.tokens.not_ready_reason}"
             )
         if not self.publisher.max_message_bytes:
             reason = self.publisher.last_failure or "sqs:GetQueueAttributes is in progress"
@@ -470,8 +470,8 @@ class Service(Flask):
         """Flask calls this for an exception of a view or of routing."""
         return self.error_response(g.exchange, error)
 
-    def reject(self, error: Exception, environ: dict[str, Any]) -> Response:
-        """The response to a request that never reached Flask, such as malformed HTTP."""
+    def response_without_flask(self, error: Exception, environ: dict[str, Any]) -> Response:
+        """The response to a request for which Flask gives none, such as malformed HTTP."""
         exchange = self.new_exchange(environ)
         return self.finish(exchange, self.error_response(exchange, error))
 
@@ -505,7 +505,7 @@ class DeferredResponse(Response):
     """A response that is made when a future is done. It is also its WSGI iterable.
 
     Under any WSGI server, the iteration waits for the future, and then calls start_response, as
-    PEP 3333 allows. worker.py calls add_done_callback instead, and iterates after the callback.
+    PEP 3333 allows. worker.py iterates in a callback of the future, so that no thread waits.
     """
 
     def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
@@ -537,18 +537,19 @@ def read_body(limit: int) -> bytes:
     """
     if error := request.environ.get("worker.error"):  # worker.py did not receive the body
         raise error
-    declared = request.content_length or 0
-    body = b""
+    # Another server than worker.py gives the application every body.
+    declared, body = request.content_length or 0, b""
+    truncated = "The request body is truncated or not well-formed HTTP."
     if declared <= limit:
         try:
             body = request.stream.read(limit + 1)
         except Exception:  # Gunicorn's and Werkzeug's, for a truncated body or a malformed chunk
-            declared = len(body) + 1
+            raise ApiError("invalid_json", truncated) from None
     if max(declared, len(body)) > limit:
         raise ApiError("request_too_large", f"The request body is larger than {limit} bytes.")
     if len(body) < declared:
-        raise ApiError("invalid_json", "The request body is truncated or not well-formed HTTP.")
-    return bytes(body)
+        raise ApiError("invalid_json", truncated)
+    return body
 
 
 def check_media_type(request: Request) -> None:
@@ -636,8 +637,8 @@ def check_json_limits(body: bytes) -> None:
     brackets = body.count(b"[") + body.count(b"{")
     if brackets <= MAX_JSON_DEPTH and brackets + body.count(b",") < MAX_JSON_VALUES:
         return  # the common case: even with the strings, the counts are within the limits
-    # Without escapes, the parts at even indexes are outside of strings. 10,000 values and their
-    # names are at most 20,000 strings, with 40,000 quotes: more parts are over the limit.
+    # Remove escaped characters, and split at quotes: parts[0::2] is the text outside of strings.
+    # 10,000 strings and 10,000 names have 40,000 quotes, which make 40,001 parts.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_JSON_VALUES + 1)
     lists = b'"'.join(parts[::2]).translate(_to_lists, b" \t\n\r")
     values = 1 + lists.count(b"[") + lists.count(b",") - lists.count(b"[]")
@@ -682,8 +683,8 @@ class TokenStore:
     starts when the cache is nearly `cache_seconds` old, and for an unknown token, which may be new.
     One read is in progress at a time, and reads are READ_INTERVAL seconds apart (or
     `cache_seconds`, if that is less). Only a request with an unknown token waits for a read. While
-    SSM fails, the last known tokens stay valid. If SSM no longer has a parameter, its token becomes
-    invalid at once.
+    SSM fails, the last known tokens stay valid. A deleted parameter is not a failure: the next read
+    makes its token invalid.
     """
 
     READ_INTERVAL = 5.0
@@ -709,9 +710,9 @@ class TokenStore:
         self._warned: set[tuple[str, str]] = set()
         self._attempted_at = self._due_at = -math.inf
         self._read_in_progress: Future[None] | None = None
+        self._is_failing = False
         self.ready = False  # a token was read at least once
-        self.last_failure: str | None = None  # why the last read failed
-        self.missing_because = "SSM has not responded yet"  # why there is no token
+        self.not_ready_reason = "SSM has not responded yet"
 
     def parameter_of(self, token: str) -> str | None:
         """The configured name of the parameter that holds the token; None for an invalid token.
@@ -720,7 +721,7 @@ class TokenStore:
         """
         name = self._matches(token)
         if name is None or self._clock() >= self._due_at:
-            was_failing = self.last_failure is not None
+            was_failing = self._is_failing
             read, is_new = self._start_read()
             # While SSM fails, at most one request waits for it at a time.
             if read and name is None and (is_new or not was_failing):
@@ -765,9 +766,8 @@ class TokenStore:
                 for token in self._tokens_of(parameter)
             ]
         except Exception as error:  # a malformed response may raise any exception
-            self.last_failure = self.missing_because = (
-                f"ssm:GetParameters failed: {cause_of(error)}"
-            )
+            self._is_failing = True
+            self.not_ready_reason = f"ssm:GetParameters failed: {cause_of(error)}"
             TOKEN_READS["failure"].inc()
             instead = "the last known token stays valid" if self.ready else "no token is known yet"
             log.warning(f"token not read; {instead}", extra={"cause": detail_of(error)})
@@ -776,7 +776,7 @@ class TokenStore:
         if missing:
             log.warning("token parameter missing in SSM", extra={"parameters": missing})
         empty = [name for name in self._names if name not in missing]
-        self.missing_because = "; ".join(
+        self.not_ready_reason = "; ".join(
             f"{text} {', '.join(names)}"
             for text, names in (("SSM does not have", missing), ("there is no token in", empty))
             if names
@@ -789,7 +789,7 @@ class TokenStore:
             # After 70 % to 90 % of the time, so that workers do not read at the same moment.
             self._due_at = now + self._cache_seconds * (0.7 + 0.2 * self._jitter())
         self._attempted_at = self._clock()
-        self.last_failure = None
+        self._is_failing = False
         TOKEN_READS["success"].inc()
 
     def _configured_name(self, parameter: dict[str, Any]) -> str:
@@ -861,7 +861,7 @@ def without_space(text: str) -> str:
 def validate_data(data: Any) -> None:
     """Check the four fields. Raises ApiError invalid_data or invalid_timestamp, with all problems.
 
-    A new field needs its name in FIELDS, openapi.yaml and README.md.
+    A further required text needs its name in FIELDS, openapi.yaml and README.md.
     """
     if not isinstance(data, dict):
         raise ApiError("invalid_data", '"data" is missing or not an object.')
@@ -914,7 +914,7 @@ class Message:
     idempotency_key: str = ""
     trace_header: str = ""
 
-    def entry(self, fifo: bool) -> tuple[dict[str, Any], int]:
+    def send_arguments(self, fifo: bool) -> tuple[dict[str, Any], int]:
         """The arguments of SendMessage, and the message's size in bytes.
 
         SQS counts the body and the names, types and values of the attributes, except system
@@ -1003,13 +1003,14 @@ class Publisher:
     every other message; with three, batches would be smaller.
 
     The circuit opens when a call times out and no other call got a response in that time, or when
-    FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is open, every
-    message is rejected at once, except one short probe at a time: first the message whose call
-    opened the circuit, then one message PROBE_SECONDS after the last probe. Any response closes the
-    circuit, except a 5xx or throttling.
+    FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is open, messages
+    fail at once with queue_unavailable. One call at a time is a probe, with a shorter timeout: the
+    first starts at once, the next with a message that arrives PROBE_SECONDS after the last. A valid
+    response closes the circuit, unless its status is a 5xx or throttling.
 
-    A FIFO queue gets messages in the order of their arrival, except that a retried message comes
-    after the other messages of its batch. A client that waits for each response keeps its order.
+    A worker sends the messages of a FIFO queue in the order of their arrival, except that a retried
+    message comes after the other messages of its batch. A client that waits for each response keeps
+    its order.
     """
 
     MAX_ENTRIES, MAX_BYTES = 10, 1_048_576  # of one SendMessageBatch
@@ -1024,14 +1025,14 @@ class Publisher:
     def __init__(
         self,
         sqs: Any,
-        probe: Any,  # the same client with a shorter deadline, for probes
+        probe_client: Any,  # the same client with a shorter timeout
         queue_url: str,
         calls_in_flight: int,
         executor: Executor,  # of the calls
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._sqs, self._probe, self._queue_url = sqs, probe, queue_url
+        self._sqs, self._probe_client, self._queue_url = sqs, probe_client, queue_url
         self._fifo = queue_url.endswith(".fifo")
         self._max_calls = 1 if self._fifo else calls_in_flight  # FIFO: one call keeps the order
         self._executor = executor
@@ -1057,7 +1058,7 @@ class Publisher:
         This method or the delivery raises ApiError: message_too_large (by the queue's
         MaximumMessageSize), queue_unavailable, or overloaded.
         """
-        entry, size = message.entry(self._fifo)
+        entry, size = message.send_arguments(self._fifo)
         pending = Pending(entry, size, message.request_id, self._clock() + self.RETRY_SECONDS)
         if self.max_message_bytes and size <= self.max_message_bytes:
             self._add(pending)
@@ -1084,9 +1085,10 @@ class Publisher:
         finally:
             self._read_lock.release()
 
-    def refresh_limit(self) -> None:
-        """Start a read of MaximumMessageSize."""
-        self._executor.submit(self.read_limit)
+    def refresh(self) -> None:
+        """Start a read of MaximumMessageSize until it is known."""
+        if not self.max_message_bytes:
+            self._executor.submit(self.read_limit)
 
     def _add_after_read(self, pending: Pending) -> None:
         """Read the limit again before rejecting a message: the queue's owner may have raised it."""
@@ -1185,13 +1187,14 @@ class Publisher:
         if late := [pending for pending in batch if pending not in in_time]:
             failed["out of time", False] = late
         if in_time:
-            results = self._call(in_time, self._probe if batch is self._probe_batch else self._sqs)
+            is_probe = batch is self._probe_batch
+            results = self._call(in_time, self._probe_client if is_probe else self._sqs)
             SQS_CALL_DURATION.observe(self._clock() - began)
             SQS_BATCH_SIZE.observe(len(in_time))
             label = call_result(results)
             SQS_CALLS[label].inc()
-            # SQS rejects a whole batch for one message: retry each message separately.
-            is_batch_rejected = len(in_time) > 1 and all(result is results[0] for result in results)
+            # SQS may have rejected the call for one of its messages: retry each separately.
+            has_call_failed = len(in_time) > 1 and all(result is results[0] for result in results)
             with self._lock:
                 for pending, result in zip(in_time, results, strict=True):
                     pending.delivery.attempts += 1
@@ -1199,8 +1202,8 @@ class Publisher:
                     if isinstance(result, str):
                         outcomes[pending] = result
                         continue
-                    pending.send_separately |= is_batch_rejected and not is_temporary(result)
-                    retry = self._may_retry(pending, result, is_batch_rejected)
+                    pending.send_separately |= has_call_failed and not is_temporary(result)
+                    retry = self._may_retry(pending, result, has_call_failed)
                     failed.setdefault((detail_of(result), retry), []).append(pending)
                 cause = next(iter(failed), ("", False))[0]
                 if self._update_circuit(label, began, cause):
@@ -1220,15 +1223,13 @@ class Publisher:
                 log.error("messages not sent", extra=extra)
         return sorted(retries, key=batch.index)
 
-    def _may_retry(self, pending: Pending, error: Exception, is_batch_rejected: bool) -> bool:
+    def _may_retry(self, pending: Pending, error: Exception, has_call_failed: bool) -> bool:
         """Whether to send a message again. The caller holds the lock.
 
         The messages of the call that opens the circuit are retried, as the first probe. Those of a
         failed probe are not.
         """
-        can_succeed = is_temporary(error) or (
-            is_batch_rejected and not concerns_every_message(error)
-        )
+        can_succeed = is_temporary(error) or (has_call_failed and not concerns_every_message(error))
         return (
             can_succeed
             and not self._open
@@ -1361,8 +1362,8 @@ class AwsClient:
             CURLOPT_QUICK_EXIT: 1,
         }
 
-    def within(self, seconds: float) -> AwsClient:
-        """The same client with another deadline for its calls."""
+    def with_timeout(self, seconds: float) -> AwsClient:
+        """The same client with another timeout for its calls."""
         client = copy.copy(self)
         client._seconds = seconds
         return client
@@ -1422,7 +1423,7 @@ class AwsClient:
                 raise self._failure(error, sends[0] > 0, tunnel) from None
         finally:
             status = curl.getinfo(pycurl.RESPONSE_CODE)
-            # A handle is reusable after an error, and its destructor may block.
+            # Keep the handle also after an error: it is reusable, and its destructor may block.
             self._handles.append((curl, sends))
         content = b"".join(parts)
         if status < 300:
@@ -1438,7 +1439,7 @@ class AwsClient:
         }
         failure = ClientError(create_parser("json").parse(response, None), target.partition(".")[2])
         if _is_about_credentials(cause_of(failure)):
-            self._credentials.reject(credentials)
+            self._credentials.report_rejected(credentials)
         raise failure
 
     def _new_handle(self) -> tuple[pycurl.Curl, list[int]]:
@@ -1516,10 +1517,9 @@ botocore.credentials.AssumeRoleProvider = functools.partial(
 
 
 def aws_session(region: str) -> botocore.session.Session:
-    """A session for this region, with short timeouts for its calls of STS.
+    """A session with short timeouts for its calls of STS.
 
-    Without a region, botocore reads AWS_DEFAULT_REGION, which EKS does not set, and calls the
-    global endpoint of STS.
+    By itself, botocore reads AWS_DEFAULT_REGION and ignores AWS_REGION.
     """
     session = botocore.session.get_session()
     session.set_config_variable("region", region)
@@ -1544,7 +1544,7 @@ class Credentials:
     """
 
     WAIT_SECONDS = 2.0
-    SEARCH_SECONDS = 5.0  # botocore renews a role's credentials from 15 minutes before they expire
+    CHECK_SECONDS = 5.0  # between two checks; botocore renews 15 minutes before the expiry
 
     def __init__(self, region: str, pause: Callable[[float], None] = time.sleep) -> None:
         self._region, self._pause = region, pause
@@ -1570,7 +1570,7 @@ class Credentials:
             raise self._last_failure.with_traceback(None)
         return self._found
 
-    def reject(self, credentials: Any) -> None:
+    def report_rejected(self, credentials: Any) -> None:
         """Search again, because AWS has rejected these credentials."""
         self._rejected = credentials
 
@@ -1597,7 +1597,7 @@ class Credentials:
                 if self._found:
                     log.warning("credentials not renewed", extra={"cause": detail_of(error)})
             self._searched.set()
-            self._pause(self.SEARCH_SECONDS)
+            self._pause(self.CHECK_SECONDS)
 
 
 # --- Causes of failures ---------------------------------------------------------------------------
@@ -2011,14 +2011,20 @@ def create_app(
     executor = executor or ThreadPoolExecutor(settings.sqs_calls_in_flight + 2, "aws")
     credentials = Credentials(settings.aws_region)
     ssm = ssm or AwsClient("ssm", settings.aws_region, credentials)
-    probe = sqs  # a given client has its own timeouts
+    probe_client = sqs  # a given client has its own timeouts
     if sqs is None:
         sqs = AwsClient("sqs", settings.aws_region, credentials)
-        probe = sqs.within(seconds=0.75)
+        probe_client = sqs.with_timeout(seconds=0.75)
     cache_seconds = settings.token_cache_seconds
     tokens = TokenStore(ssm, settings.token_ssm_parameter, cache_seconds, executor, clock)
     publisher = Publisher(
-        sqs, probe, settings.sqs_queue_url, settings.sqs_calls_in_flight, executor, clock, pause
+        sqs,
+        probe_client,
+        settings.sqs_queue_url,
+        settings.sqs_calls_in_flight,
+        executor,
+        clock,
+        pause,
     )
     return Service(settings, tokens, publisher, make_tracing(settings))
 

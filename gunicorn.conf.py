@@ -98,7 +98,8 @@ accesslog = None
 logconfig_dict = app.logging_config(settings.log_level)
 logging.captureWarnings(True)  # so that warnings are JSON too
 limit_request_line = 8190  # bytes, as limit_request_field_size
-# No header changes path or scheme, so any peer is safe, and Gunicorn does not parse its address.
+# The two settings below are empty, so Gunicorn takes neither scheme nor path from a header. It is
+# then safe to trust every peer, and saves the parsing of its address.
 forwarded_allow_ips = "*"
 secure_scheme_headers: dict[str, str] = {}
 forwarder_headers = ""
@@ -119,9 +120,6 @@ class Logger(glogging.Logger):  # type: ignore[misc]
             arguments = (bind, *arguments[1:])
         super().info(msg, *arguments, **options)
 
-    def access(self, *_: Any) -> None:
-        """Do nothing: app.py logs each request."""
-
 
 logger_class = Logger
 worker_class = worker.Worker
@@ -136,8 +134,8 @@ def on_starting(server: Any) -> None:
     server.cfg.set("reuse_port", False)
     close_sockets(create_sockets(server.cfg, server.log))
     server.cfg.set("reuse_port", reuse_port)
-    # The port is free, so no other instance uses the folder. The master's own files go too:
-    # otherwise its gauges would be added to those of the workers.
+    # Remove the files of an earlier start, which has ended, because its port is free; and those of
+    # the master, whose gauges would be added to those of the workers.
     for file in metrics.glob("*.db"):
         file.unlink()
     # After the fork, a worker has the master's signal handlers for a moment. These would ignore a

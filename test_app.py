@@ -1142,7 +1142,11 @@ def test_request_is_counted_and_logged_once(
         ("queue_unavailable", 1, failing.post),
         ("success", 0, lambda: service.get("/health")),
         ("method_not_allowed", 0, lambda: service.get("/process")),
-        ("invalid_json", 0, lambda: service.app.reject(app.ApiError("invalid_json"), unparsed)),
+        (
+            "invalid_json",
+            0,
+            lambda: service.app.response_without_flask(app.ApiError("invalid_json"), unparsed),
+        ),
     ]
     for outcome, measured, send in requests:
         before, _ = service.metrics(), lines()

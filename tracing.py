@@ -58,7 +58,10 @@ def x_ray_header(span: Any) -> str:
 
 
 def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
-    """A decorator: tracing fails no request and no start. Only the first exception is logged."""
+    """Log an exception instead of raising it: tracing must not fail a request, or the start.
+
+    A process logs only the first exception.
+    """
 
     @functools.wraps(method)
     def call(self: Tracing, *arguments: Any) -> None:

@@ -1,8 +1,8 @@
 """Gunicorn's worker: an event loop receives requests and sends responses; threads handle requests.
 
-A thread gets a request when it is fully received, so slow clients occupy no thread. Calls of SQS
-occupy none either: if the application's iterable has add_done_callback, the thread is free at once,
-and the event loop sends the response after the callback.
+A thread gets a request when it is fully received, so slow clients occupy no request thread. Nor do
+calls of SQS: if the application's iterable has add_done_callback, the request thread is free at
+once, and the callback completes the response in another thread.
 
 A connection has one owner at a time: the event loop, the thread that handles its request, or the
 thread that completes its response. Only the event loop uses the socket.
@@ -33,8 +33,8 @@ import app
 MAX_HEAD_BYTES = 65_536  # the ALB's limit for all headers together
 MAX_CHUNKS = 10_000  # Gunicorn's parser takes about 3 us for each
 MAX_CHUNK_LINE_BYTES = 8190  # of Gunicorn's parser
-# Of a pod's requests before a thread handles them; each worker gets an equal share. A pod has
-# 512 MiB, and idle workers take 120 MiB.
+# Of a pod's requests before a thread handles them. Each worker gets an equal share, or room for one
+# request of the maximum size. A pod has 512 MiB, and idle workers take 120 MiB.
 MAX_RECEIVED_BYTES = 96 * 2**20
 LINGER_SECONDS = 2.0  # wait for a client to close, or to send its next request during a stop
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
@@ -73,13 +73,13 @@ class ReceivedRequest:
         if not self._body_start:
             end = self.data.find(b"\r\n\r\n")
             if end < 0:
-                return self._is_malformed_head()
+                return self._is_head_invalid()
             self._body_start = self._chunk_start = end + 4
             self._read_framing()
         if self._body_bytes is None:
-            return self._has_all_chunks()
+            return self._can_chunks_be_handled()
         if self._body_bytes > self._max_body_bytes:
-            return self._is_too_large()
+            return self._reject_too_large()
         return len(self.data) - self._body_start >= self._body_bytes
 
     def reject(self, error: app.ApiError) -> None:
@@ -87,14 +87,14 @@ class ReceivedRequest:
         self.error = error
         del self.data[self._body_start :]
 
-    def _is_too_large(self, text: str = "") -> bool:
+    def _reject_too_large(self, text: str = "") -> bool:
         text = text or f"The request body is larger than {self._max_body_bytes} bytes."
         self.reject(app.ApiError("request_too_large", text))
         return True
 
-    def _is_malformed_head(self) -> bool:
+    def _is_head_invalid(self) -> bool:
         if len(self.data) > MAX_HEAD_BYTES:
-            return self._is_too_large(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
+            return self._reject_too_large(f"The headers are larger than {MAX_HEAD_BYTES} bytes.")
         return self._has_bare_line_feed(0) or (
             b"\n" in self.data and not _is_request_line(self.data)
         )
@@ -103,7 +103,7 @@ class ReceivedRequest:
         return self.data.count(b"\n", start) != self.data.count(b"\r\n", start)
 
     def _read_framing(self) -> None:
-        """Find how the body ends. A head that Gunicorn's parser rejects has no body."""
+        """Find how the body ends. If Gunicorn's parser will reject the head, wait for no body."""
         lengths, codings, is_valid = list[bytes](), list[bytes](), True
         for name, padded in _framing_headers(self.data, 0, self._body_start):
             value = padded.strip(b" \t")
@@ -122,7 +122,7 @@ class ReceivedRequest:
             self._body_bytes = int(lengths[0].lstrip(b"0")[:20] or b"0")
         self.has_body = self._body_bytes != 0
 
-    def _has_all_chunks(self) -> bool:
+    def _can_chunks_be_handled(self) -> bool:
         data = self.data
         while size_line := _chunk_size(data, self._chunk_start):
             size, start = int(size_line[1], 16), size_line.end()
@@ -132,7 +132,7 @@ class ReceivedRequest:
                 is_too_long = len(data) - start > MAX_HEAD_BYTES
                 return is_end or is_too_long or self._has_bare_line_feed(start)
             if self._chunk_bytes + size > self._max_body_bytes:
-                return self._is_too_large()
+                return self._reject_too_large()
             if len(data) < start + size + 2:
                 return False
             if not data.startswith(b"\r\n", start + size):
@@ -141,7 +141,9 @@ class ReceivedRequest:
             self._chunk_bytes += size
             self._chunks += 1
             if self._chunks > MAX_CHUNKS:
-                return self._is_too_large(f"The request body has more than {MAX_CHUNKS} chunks.")
+                return self._reject_too_large(
+                    f"The request body has more than {MAX_CHUNKS} chunks."
+                )
         return data.find(b"\n", self._chunk_start) >= 0 or (
             len(data) - self._chunk_start > MAX_CHUNK_LINE_BYTES
         )
@@ -171,8 +173,8 @@ class Connection:
         self.unsent = deque[memoryview]()
         self.step: Callable[[Connection], None] | None = None  # for the socket's next event
         self.registered_event = 0  # in the selector
-        self.deadline = 0.0  # for the client, or for a thread to be free
-        self.linger_until = 0.0  # the deadline for the body: a rejected body may still arrive
+        self.deadline = 0.0  # of the wait for the client, or for a free thread
+        self.linger_until = 0.0  # until then, the rest of a rejected body may arrive
         self.counted_bytes = 0  # this connection's part of Worker.received_bytes
         self.keep_alive = self.is_lingering = False
 
@@ -187,13 +189,16 @@ class Connection:
 
 
 class Worker(base.Worker):  # type: ignore[misc]
-    """The event loop calls all methods up to `handle_requests`; threads call the rest."""
+    """Up to `send` and `linger`, the event loop calls the methods; request threads call the rest.
+
+    Both call set_received_bytes, which has a lock.
+    """
 
     def init_process(self) -> None:
         """Make the state. Gunicorn calls this after the fork, and __init__ before."""
         self.selector = selectors.DefaultSelector()
         self.waiting: dict[Connection, None] = {}  # for their clients, oldest first
-        self.responses = deque[Connection]()  # complete, to be sent
+        self.completed = deque[Connection]()  # complete, to be sent
         # Requests without a body have their own thread: /health waits neither behind POSTs nor for
         # AWS.
         self.with_body = SimpleQueue[Connection]()
@@ -233,9 +238,10 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def run_once(self) -> None:
         """One iteration of the event loop: receive, accept, send, and enforce deadlines."""
-        # In this order: a thread appends its response before it reads is_awake.
+        # Clear is_awake before the check of `completed`: deliver() appends before it reads is_awake.
+        # So a completed response is seen here, or wakes the selector.
         self.is_awake = False
-        timeout = 0.0 if self.responses else SWEEP_SECONDS if self.connections else 1.0
+        timeout = 0.0 if self.completed else SWEEP_SECONDS if self.connections else 1.0
         events = self.selector.select(timeout)
         self.is_awake = True
         for key, _ in events:
@@ -245,8 +251,8 @@ class Worker(base.Worker):  # type: ignore[misc]
                 self.run_step(conn.step, conn)
             elif conn.registered_event:  # data behind a request in progress: receive it later
                 self.unregister(conn)
-        while self.responses:
-            conn = self.responses.popleft()
+        while self.completed:
+            conn = self.completed.popleft()
             conn.deadline = time.monotonic() + 2 * self.body_seconds
             self.run_step(self.send, conn)
         if (now := time.monotonic()) >= self.next_sweep:
@@ -256,7 +262,7 @@ class Worker(base.Worker):  # type: ignore[misc]
                 self.alive = False
             for conn in [conn for conn in self.waiting if conn.deadline <= now]:
                 self.run_step(self.expire, conn)
-            self.keep_budget()  # also for requests behind a response that the client does not read
+            self.keep_budget()  # for pipelined requests of clients that do not read their response
             if self.alive:
                 self.set_accepting(True)
 
@@ -292,7 +298,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         self.waiting.pop(conn, None)
 
     def unregister(self, conn: Connection) -> None:
-        """Remove the socket from the selector."""
+        """Wait for no event of the client."""
         if conn.registered_event:
             self.selector.unregister(conn.sock)
             conn.registered_event = 0
@@ -557,7 +563,7 @@ class Worker(base.Worker):  # type: ignore[misc]
             "PATH_INFO": getattr(req, "path", ""),
             "REMOTE_ADDR": conn.address[0],
         }
-        response = self.wsgi.reject(error, environ)
+        response = self.wsgi.response_without_flask(error, environ)
         conn.request = ReceivedRequest(self.max_body_bytes)  # releases the body
         conn.unsent.clear()
         conn.sendall(f"HTTP/1.1 {response.status}\r\nConnection: close\r\n".encode())
@@ -568,7 +574,7 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def deliver(self, conn: Connection) -> None:
         """Give the connection to the event loop, and wake the event loop."""
-        self.responses.append(conn)
+        self.completed.append(conn)
         if not self.is_awake:
             self.is_awake = True
             with suppress(BlockingIOError):  # the pipe is full: the event loop wakes anyway

@@ -37,7 +37,7 @@ from test_runbook import row_of
 
 import app
 
-ENTRY, _ = app.Message(json.dumps(DATA), request_id="r", trace_header="Root=1-a-b").entry(
+ENTRY, _ = app.Message(json.dumps(DATA), request_id="r", trace_header="Root=1-a-b").send_arguments(
     fifo=False
 )
 LONG = 30.0  # seconds, in which every wait ends
@@ -54,7 +54,7 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     # Each search ends within its test, and no other follows.
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
-    monkeypatch.setattr(app.Credentials, "SEARCH_SECONDS", 1e6)
+    monkeypatch.setattr(app.Credentials, "CHECK_SECONDS", 1e6)
 
 
 @dataclass
@@ -446,13 +446,13 @@ def test_malformed_response_has_its_cause(fake_aws: FakeAws, kind: str, name: st
 @pytest.mark.parametrize("kind", ["hang", "trickle"])
 def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
     fake_aws.set(faults={"*": {"kind": kind}})
-    sqs, begin = client().within(0.3), time.monotonic()
+    sqs, begin = client().with_timeout(0.3), time.monotonic()
     error = failure(lambda: send(sqs))
     assert time.monotonic() - begin < LONG
     assert kind_of(error) == "ReadTimeoutError"
     assert isinstance(error, app.TIMEOUTS)
     fake_aws.set(faults={})
-    assert send(sqs.within(LONG))["MessageId"]  # on the same handle
+    assert send(sqs.with_timeout(LONG))["MessageId"]  # on the same handle
 
 
 class LateCurl(app.pycurl.Curl):  # type: ignore[misc]

@@ -339,7 +339,7 @@ def test_messages_for_a_fifo_queue_go_in_order_one_call_at_a_time() -> None:
 
 def test_batch_ends_at_the_byte_limit() -> None:
     publishing = Publishing()
-    _, attributes = app.Message("", "request-0").entry(fifo=False)
+    _, attributes = app.Message("", "request-0").send_arguments(fifo=False)
     half, full = LIMIT // 2 - attributes, LIMIT - attributes
     for size in (2, 300_000, 300_000, 300_000, 300_000, full - 2, half, half - 2, 2):
         publishing.publish(size=size)
