@@ -8,7 +8,7 @@ Usage: ./deploy.sh ECR_REGISTRY AWS_ACCOUNT_ID [options]
 
 Deploys infra/email-processor.yaml, makes the token parameter if there is none, builds and pushes an
 image tagged by the commit, applies k8s/ and waits until the new release serves. If a step of the
-rollout fails, the earlier release is restored. A second run changes only the differences. An omitted
+rollout fails, the earlier release is restored. A second run applies only the changes. An omitted
 cluster, queue, certificate, token parameter or --parameter keeps its value.
 
 Instead of deploying:
@@ -398,7 +398,8 @@ image_of() { sed -E 's/.*"image":"([^"]*)".*/\1/' <<<"$1"; }
 
 apply_manifests() {
   old_release=$(release)
-  # NewReplicaSetAvailable, if a run has completed this release. No other release can be restored.
+  # The reason of the condition Progressing, and behind it the annotation of a run that has not ended.
+  # Only NewReplicaSetAvailable by itself is a release that go_back can restore.
   served=$(live "deployment/$name" \
     '.status.conditions[?(@.type=="Progressing")].reason}{.metadata.annotations.unfinished')
   # apply reports a PodDisruptionBudget as "configured" each time, so only diff shows a change.
@@ -530,7 +531,8 @@ try_service() {
   keep_release
 }
 
-# Prints the items of $2 and those of the stack's list $1, except items of $3: those belong to the old pods.
+# needed PARAMETER NEW OLD: prints the items of NEW and of the stack's PARAMETER as one list, without the
+# items of OLD, which only the old pods used.
 needed() { join "$2" "$(value_of "$1" | tr , '\n' | grep -vxF "$(tr , '\n' <<<"$3")")"; }
 
 # Adds the alarms on the ALB, and removes the permissions that only the old pods needed.
