@@ -238,8 +238,8 @@ class Worker(base.Worker):  # type: ignore[misc]
 
     def run_once(self) -> None:
         """One iteration of the event loop: receive, accept, send, and enforce deadlines."""
-        # Clear is_awake before the check of `completed`: deliver() appends before it reads is_awake.
-        # So a completed response is seen here, or wakes the selector.
+        # Clear is_awake, then check `completed`. deliver() appends, then reads is_awake. So a
+        # completed response is seen here, or wakes the selector.
         self.is_awake = False
         timeout = 0.0 if self.completed else SWEEP_SECONDS if self.connections else 1.0
         events = self.selector.select(timeout)

@@ -719,6 +719,7 @@ def test_reason_of_a_failed_rollout_is_shown(machine: Machine) -> None:
         assert result.stdout.count("Waiting for deployment") == 1
         assert shown in result.stderr
         assert hidden not in result.stderr
+    assert len(machine.calls("kubectl", "logs")) == 2, "this start and the previous one"
 
 
 @slow
