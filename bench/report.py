@@ -257,7 +257,7 @@ def results(raw: dict[str, Any]) -> str:
         f"email-processor reads the token every {REFRESH_SHARE * TOKEN_CACHE_SECONDS:.0f} s on "
         f"average (TOKEN_CACHE_SECONDS={TOKEN_CACHE_SECONDS}), `direct` for each message; SSM "
         f"allows {SSM_READS_PER_SECOND} reads/s. SQS sets no practical limit on the calls of a "
-        "standard queue. While SSM refuses a read, email-processor uses the last known "
+        "standard queue. While SSM fails, email-processor uses the last known "
         "token, so its messages/s do not change.",
         markdown(fleet_table(raw["compare"])),
         f"## Machine\n\n{machine}\n\nRuns:\n\n{runs}",
