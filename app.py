@@ -268,8 +268,7 @@ class Service(Flask):
     ) -> None:
         super().__init__(__name__, static_folder=None)
         self.settings, self.tokens, self.publisher = settings, tokens, publisher
-        for parameter in settings.token_ssm_parameter:
-            TOKENS_ACCEPTED.labels(parameter)  # every series exists from the start
+        self.tokens_accepted = {n: TOKENS_ACCEPTED.labels(n) for n in settings.token_ssm_parameter}
         self.tracing = tracing  # a tracing.Tracing
         self.config["PROVIDE_AUTOMATIC_OPTIONS"] = False  # OPTIONS gets 405
         self.url_map.merge_slashes = False  # /docs//x gets 404, not a redirect in HTML
@@ -296,6 +295,14 @@ class Service(Flask):
         if request is None:
             return None
         return self.url_map.bind("", path_info=request.path, default_method=request.method)
+
+    def ensure_sync(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself. Flask would check at each call whether it is a coroutine."""
+        return function
+
+    def make_response(self, response: Any) -> Any:
+        """The response itself. Flask would accept only instances of its Response."""
+        return response
 
     def start(self) -> None:
         """Start tracing, and a thread that refreshes every second. Call this after the fork."""
@@ -332,7 +339,7 @@ class Service(Flask):
             self.tracing.begin(exchange)
         return exchange
 
-    def end(self, response: Response) -> Response:
+    def end(self, response: Response | DeferredResponse) -> Response | DeferredResponse:
         """Flask calls this after each request."""
         if isinstance(response, DeferredResponse):
             return response  # process() finishes it when SQS has responded
@@ -372,7 +379,7 @@ class Service(Flask):
             self.tracing.end(exchange, status, client)
         return response
 
-    def process(self) -> Response:
+    def process(self) -> DeferredResponse:
         """POST /process. The response is made when SQS has responded."""
         exchange = g.exchange
         exchange.is_measured = True
@@ -395,8 +402,10 @@ class Service(Flask):
 
     def take_message(self, exchange: Exchange) -> Delivery:
         """Read and check the request, and publish its message. Raises ApiError."""
-        body = read_body(self.settings.max_request_bytes)
-        check_media_type(request)
+        # Flask's `request` is a proxy, and each use of a proxy takes time.
+        received: Request = request._get_current_object()  # type: ignore[attr-defined]
+        body = read_body(received, self.settings.max_request_bytes)
+        check_media_type(received)
         members, data = parse_request(body)
         token = members.get("token")
         if token is None or token == "":
@@ -405,7 +414,7 @@ class Service(Flask):
         if parameter is None:
             raise ApiError("invalid_token")
         exchange.log_fields["token_parameter"] = parameter
-        TOKENS_ACCEPTED.labels(parameter).inc()
+        self.tokens_accepted[parameter].inc()
         validate_data(members.pop("data", None))  # pop: frees the parsed data
         if exchange.spans:
             self.tracing.publish(exchange)
@@ -501,15 +510,14 @@ class Service(Flask):
         return response
 
 
-class DeferredResponse(Response):
-    """A response that is made when a future is done. It is also its WSGI iterable.
+class DeferredResponse:
+    """A response that is made when a future is done: a WSGI application and its iterable.
 
     Under any WSGI server, the iteration waits for the future, and then calls start_response, as
     PEP 3333 allows. worker.py iterates in a callback of the future, so that no thread waits.
     """
 
     def __init__(self, future: Future[str], make_response: Callable[[], Response]) -> None:
-        super().__init__()
         self.add_done_callback = future.add_done_callback
         self._make_response = make_response  # waits for the future
 
@@ -523,14 +531,14 @@ class DeferredResponse(Response):
 
 def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
     """A response with a JSON body."""
-    return Response(json.dumps(body), status, mimetype="application/json")
+    return Response(json.dumps(body), status, content_type="application/json")
 
 
 # --- Read the body --------------------------------------------------------------------------------
 
 
-def read_body(limit: int) -> bytes:
-    """The body of the current request, at most `limit` bytes.
+def read_body(request: Request, limit: int) -> bytes:
+    """The body of the request, at most `limit` bytes.
 
     Raises ApiError: request_too_large, request_timeout, overloaded, or invalid_json for a truncated
     body.
@@ -556,8 +564,11 @@ def check_media_type(request: Request) -> None:
     """Check that the body is JSON without compression. Raises ApiError unsupported_media_type."""
     if not request.is_json:
         raise ApiError("unsupported_media_type")
-    for header, plain in (("Content-Encoding", "identity"), ("Transfer-Encoding", "chunked")):
-        codings = request.headers.get(header, "").lower().split(",")
+    for variable, header, plain in (
+        ("HTTP_CONTENT_ENCODING", "Content-Encoding", "identity"),
+        ("HTTP_TRANSFER_ENCODING", "Transfer-Encoding", "chunked"),
+    ):
+        codings = request.environ.get(variable, "").lower().split(",")
         if any(coding.strip() not in ("", plain) for coding in codings):
             message = f"The {header} must be {plain} or absent: send the body uncompressed."
             raise ApiError("unsupported_media_type", message)
@@ -1774,6 +1785,8 @@ def header_text(value: str) -> str:
 
     SQS rejects U+FFFE and U+FFFF: a value with one of them is not decoded.
     """
+    if value.isascii():
+        return value.strip()
     with suppress(UnicodeDecodeError):
         text = value.encode("latin-1").decode()
         value = value if re.search("[\ufffe\uffff]", text) else text
