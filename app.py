@@ -310,10 +310,14 @@ class Service(Flask):
             self.tracing.start()
 
         def keep_fresh() -> None:
-            with suppress(RuntimeError):  # at the exit, the executor accepts no more reads
-                while True:
+            while True:
+                try:
                     self.refresh()
-                    time.sleep(1)
+                except Exception as error:
+                    if "interpreter shutdown" in str(error):  # of the executor, at the exit
+                        return
+                    log.exception("unhandled exception")
+                time.sleep(1)
 
         threading.Thread(target=keep_fresh, daemon=True).start()
 
@@ -342,7 +346,7 @@ class Service(Flask):
     def end(self, response: Response | DeferredResponse) -> Response | DeferredResponse:
         """Flask calls this after each request."""
         if isinstance(response, DeferredResponse):
-            return response  # process() finishes it when SQS has responded
+            return response  # process() finishes it when the delivery is done
         return self.finish(g.exchange, response)
 
     def finish(self, exchange: Exchange, response: Response) -> Response:
@@ -380,7 +384,7 @@ class Service(Flask):
         return response
 
     def process(self) -> DeferredResponse:
-        """POST /process. The response is made when SQS has responded."""
+        """POST /process. The response is made when the delivery is done."""
         exchange = g.exchange
         exchange.is_measured = True
         REQUESTS_IN_FLIGHT.inc()
@@ -433,7 +437,7 @@ class Service(Flask):
         return json_response({"status": "healthy", "service": SERVICE, "timestamp": now})
 
     def ready(self) -> Response:
-        """GET /ready, for the startup probe: 503 until this worker has reached SSM and SQS."""
+        """GET /ready, for the startup probe: 503 until a token and the queue's limit are known."""
         self.refresh()
         missing = {}
         if not self.tokens.ready:
@@ -476,7 +480,7 @@ class Service(Flask):
         return Response(docs_file(asset), mimetype=kind, headers={"Cache-Control": "max-age=3600"})
 
     def handle_error(self, error: Exception) -> Response:
-        """Flask calls this for an exception of a view or of routing."""
+        """Flask calls this for an exception of begin(), of a view or of routing."""
         return self.error_response(g.exchange, error)
 
     def response_without_flask(self, error: Exception, environ: dict[str, Any]) -> Response:
@@ -680,7 +684,8 @@ def ascii_json(text: str) -> str:
 
     if text.isascii():
         return text
-    # Valid JSON has fewer parts than `count`, which limits the time for any other text.
+    # `count` limits the time for a text that is not JSON. With the default MAX_REQUEST_BYTES, valid
+    # JSON has fewer parts.
     return _not_ascii.sub(escape, text, count=2 * MAX_JSON_VALUES + 100)
 
 
@@ -872,7 +877,7 @@ def without_space(text: str) -> str:
 def validate_data(data: Any) -> None:
     """Check the four fields. Raises ApiError invalid_data or invalid_timestamp, with all problems.
 
-    A further required text needs its name in FIELDS, openapi.yaml and README.md.
+    A further required text needs its name in FIELDS, in openapi.yaml and in every example.
     """
     if not isinstance(data, dict):
         raise ApiError("invalid_data", '"data" is missing or not an object.')
@@ -971,7 +976,7 @@ TIMEOUTS = (ConnectTimeoutError, ReadTimeoutError)
 
 
 def concerns_every_message(error: Exception) -> bool:
-    """Whether the cause is the caller's permission or the queue: separate retries cannot help."""
+    """Whether credentials, permissions or the queue are the cause: separate retries cannot help."""
     status = getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status == 403 or cause_of(error).endswith(("NonExistentQueue", "QueueDoesNotExist"))
 
@@ -1010,8 +1015,8 @@ class Publisher:
 
     A call costs nearly the same for ten messages as for one. While SMALL_BATCH_CALLS calls are in
     flight, messages wait, and go together in the next call. Only ten waiting messages start a
-    further call. No timer delays a message. With one call instead of two, a slow call would delay
-    every other message; with three, batches would be smaller.
+    further call, up to SQS_CALLS_IN_FLIGHT. No timer delays a message. With one call instead of
+    two, a slow call would delay every other message; with three, batches would be smaller.
 
     The circuit opens when a call times out and no other call got a response in that time, or when
     FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is open, messages
@@ -1396,7 +1401,7 @@ class AwsClient:
         return self._call("AmazonSQS.SendMessageBatch", arguments)
 
     def _call(self, target: str, arguments: dict[str, Any], attempts: int = 1) -> dict[str, Any]:
-        """Make the call, and retry temporary errors until the deadline."""
+        """Make the call. After a temporary error, call again until the attempts or the time end."""
         deadline = time.monotonic() + self._seconds
         while True:
             attempts -= 1
@@ -1498,7 +1503,7 @@ class CredentialProcess(subprocess.Popen[bytes]):
     LIMIT = "setpriv --pdeathsig TERM timeout --kill-after 1 60"
 
     def __init__(self, command: list[str], **options: Any) -> None:
-        # Without setpriv, the error for a missing command names the command.
+        # A missing command runs without setpriv, so that the error names the command.
         if shutil.which("setpriv") and shutil.which(command[0]):
             command = [*self.LIMIT.split(), *command]
         super().__init__(command, **options, stdin=subprocess.DEVNULL)
@@ -1569,7 +1574,7 @@ class Credentials:
         )
 
     def current(self) -> Any:
-        """Access key, secret key and session token. Raises boto3's error of the last search."""
+        """Access key, secret key and session token. Raises the last search's BotoCoreError."""
         with self._lock:
             if self._thread is None:  # started here, after the fork: threads are not forked
                 self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -1856,7 +1861,7 @@ LOG_LINE_BYTES = 4000
 
 
 def truncated_json(fields: Any, **options: Any) -> str:
-    """json.dumps for a log line: cuts the longest values until the line has LOG_LINE_BYTES."""
+    """json.dumps for a log line: cuts the longest values until the line fits LOG_LINE_BYTES."""
     line = json.dumps(fields, **options)
     if len(line) >= LOG_LINE_BYTES:
         fields, longest = json.loads(line), LOG_LINE_BYTES
@@ -2138,7 +2143,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve_without_gunicorn(settings: Settings) -> None:
-    """Serve with Werkzeug's server, until Ctrl-C or SIGTERM."""
+    """Serve with Flask's development server, until Ctrl-C or SIGTERM."""
     logging.config.dictConfig(logging_config(settings.log_level))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise it also logs each request
     log_start(settings, workers=1, threads=None)  # a thread for each connection
@@ -2187,7 +2192,7 @@ def serve_beside_embedded_aws(settings: Settings) -> None:
 def main() -> None:
     """Serve with Gunicorn as in production; with an embedded AWS if SQS_QUEUE_URL is unset.
 
-    Windows has no Gunicorn: Werkzeug's server replaces it there.
+    On Windows, Flask's development server replaces Gunicorn.
     """
     embedded = not os.environ.get("SQS_QUEUE_URL", "").strip()
     if embedded:

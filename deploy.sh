@@ -596,7 +596,7 @@ Nothing was changed.
 END
 }
 
-# Prints the manifests, and everything else on standard error.
+# Prints the manifests, and notes and problems on standard error.
 render() {
   if command -v aws >/dev/null; then
     preflight >/dev/null

@@ -188,7 +188,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """In a worker, before its exit; also in the master, for a worker that was killed."""
+    """In a worker, before its exit. Also in the master, for a worker that it finds gone."""
     wsgi = getattr(worker, "wsgi", None)
     if tracing := getattr(wsgi, "tracing", None):
         tracing.stop()

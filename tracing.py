@@ -76,7 +76,7 @@ def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class Ids(RandomIdGenerator):
-    """Gives new spans the trace id of the ALB's header.
+    """Gives a span without a parent the request's trace id, mostly that of the ALB's header.
 
     The header has a trace id without a parent. OpenTelemetry's X-Ray propagator ignores such a
     header.
@@ -167,7 +167,7 @@ class Tracing:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         sampler = self.provider.sampler
         log.info("tracing is on", extra={"sampler": sampler.get_description()})
-        # If the trace id decides about sampling, most requests need no call of the SDK.
+        # If the trace id decides about sampling, other requests need no call of the SDK.
         self.bound = sampler.bound if type(sampler) is TraceIdRatioBased else math.inf
         self.tracer = self.provider.get_tracer(log.name)
 

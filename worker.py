@@ -212,7 +212,10 @@ class Worker(base.Worker):  # type: ignore[misc]
         super().init_process()
 
     def run(self) -> None:
-        """Serve until SIGTERM; then finish the requests in progress, at most graceful_timeout."""
+        """Serve until SIGTERM, or until the master has ended; then finish the requests in progress.
+
+        That takes at most graceful_timeout seconds.
+        """
         settings = self.wsgi.settings
         self.max_body_bytes: int = settings.max_request_bytes
         self.body_seconds: float = settings.body_timeout_seconds
@@ -367,7 +370,10 @@ class Worker(base.Worker):  # type: ignore[misc]
         return False
 
     def stop_accepting(self) -> None:
-        """Accept the backlog's connections, which no other worker can accept, and then no more."""
+        """Accept the backlog's connections, and then no more.
+
+        With reuse_port, no other worker can accept the connections of this worker's backlog.
+        """
         self.set_accepting(False)
         for listener in self.sockets:
             with suppress(OSError):
@@ -418,7 +424,7 @@ class Worker(base.Worker):  # type: ignore[misc]
         return False
 
     def keep_budget(self) -> None:
-        """Reject the oldest incomplete requests until the others keep max_received_bytes."""
+        """End the oldest incomplete requests until the others fit max_received_bytes."""
         while self.received_bytes > self.max_received_bytes and (
             oldest := self.oldest_incomplete()
         ):

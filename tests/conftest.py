@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-pytest.register_assert_rewrite("client", "load", "service")
+pytest.register_assert_rewrite("client", "commands", "load", "pages", "service")
 
 from client import Client  # noqa: E402
+from commands import environment  # noqa: E402
 from fake_aws import PARAMETER, TOKEN, FakeAws  # noqa: E402
-from service import ServiceProcess, StartService  # noqa: E402
+from service import ServiceProcess, StartService, eventually, free_port, is_listening  # noqa: E402
 
 import app  # noqa: E402 - the path comes first
 
@@ -85,6 +87,20 @@ def start_service(
         return ServiceProcess(folder, {**fake_aws_process.variables(), **variables})
 
     return make
+
+
+@pytest.fixture
+def emulator() -> Iterator[str]:
+    """The URL of an emulated AWS."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    env, devnull = environment(COVERAGE_PROCESS_CONFIG=""), subprocess.DEVNULL
+    with subprocess.Popen(command, env=env, stdout=devnull, stderr=devnull) as process:
+        try:
+            eventually(lambda: is_listening(port), 60)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
 
 
 @pytest.fixture

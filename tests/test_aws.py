@@ -32,8 +32,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from fake_aws import PARAMETER, REGION, FakeAws
+from pages import row_of
 from service import PROJECT, clean_environment, eventually
-from test_runbook import row_of
 
 import app
 

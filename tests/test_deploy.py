@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ import botocore.session
 import kubernetes_validate
 import pytest
 import yaml
-from service import PROJECT, eventually, free_port, is_listening
-from test_scripts import assert_one_line, environment, executable, only
+from commands import assert_one_line, environment, executable, only
+from service import PROJECT, eventually
 
 KUBECTL = shutil.which("kubectl") or ""
 needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="kubectl is not installed")
@@ -815,20 +815,6 @@ def test_cluster_keeps_changes_by_hand_and_gets_them_back(tmp_path: Path) -> Non
 
 
 # --- With the AWS CLI -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def emulator() -> Iterator[str]:
-    """The URL of an emulated AWS."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    env, devnull = environment(COVERAGE_PROCESS_CONFIG=""), subprocess.DEVNULL
-    with subprocess.Popen(command, env=env, stdout=devnull, stderr=devnull) as process:
-        try:
-            eventually(lambda: is_listening(port), 60)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
 
 
 @pytest.fixture

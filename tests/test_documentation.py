@@ -3,37 +3,10 @@
 import re
 import runpy
 import tomllib
-from typing import Any
 
-import yaml
+from pages import OPENAPI, PAGES, README, page, table
 
 import app
-
-PAGES = {
-    file.stem.lower(): file.read_text("utf-8")
-    for file in (*sorted(app.PROJECT.glob("*.md")), *sorted(app.PROJECT.glob("docs/*.md")))
-}
-README = PAGES["readme"]
-OPENAPI: dict[str, Any] = yaml.safe_load((app.PROJECT / "openapi.yaml").read_text("utf-8"))
-
-
-page = PAGES.__getitem__  # the text of README.md, SETUP.md or docs/NAME.md
-
-
-def section(heading: str) -> str:
-    """The text under a heading, of any page."""
-    for text in PAGES.values():
-        if found := re.search(rf"^(#+) {re.escape(heading)}\n", text, re.MULTILINE):
-            return re.split(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], flags=re.M)[0]
-    raise AssertionError(heading)
-
-
-def table(heading: str) -> list[list[str]]:
-    """The rows of the first table under a heading, without its head; cells stripped of `."""
-    found = re.search(r"^\|.*\n\|[-|: ]+\n((?:\|.*\n)+)", section(heading), re.MULTILINE)
-    assert found, heading
-    rows = found[1].splitlines()
-    return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in rows]
 
 
 def test_generated_tables_are_up_to_date() -> None:
@@ -83,6 +56,12 @@ def test_readme_and_openapi_list_the_limits_of_json() -> None:
 def test_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((app.PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
     assert {project["version"], OPENAPI["info"]["version"]} == {app.VERSION}
+
+
+def test_openapi_requires_the_validated_fields() -> None:
+    schema = OPENAPI["components"]["schemas"]
+    required = [s["required"] for s in schema.values() if "email_subject" in s.get("required", [])]
+    assert required == [[*app.FIELDS]]
 
 
 def test_figures_of_performance_and_sizing_are_the_benchmarks() -> None:

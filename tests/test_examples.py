@@ -17,8 +17,8 @@ from typing import ClassVar
 import pytest
 from client import DATA
 from fake_aws import TOKEN, FakeAws
+from pages import page, section
 from service import WAIT, ServiceProcess, StartService, clean_environment
-from test_documentation import page, section
 
 
 def code_blocks(text: str) -> dict[str, str]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from client import BODY, post
 from fake_aws import PARAMETER, TOKEN, FakeAws
+from pages import page, section, table
 from service import PROJECT, StartService, eventually
-from test_documentation import page, section, table
 
 import app
 

@@ -188,7 +188,7 @@ class Publishing:
             lambda: self.now,
             lambda _: self.pause(),
         )
-        self.publisher.SECONDS = deadline  # type: ignore[misc]
+        self.publisher.RETRY_SECONDS = deadline  # type: ignore[misc]
         self.publisher.read_limit()
         self.futures: dict[str, Future[str]] = {}  # by the message's body
         self.publish(messages)
@@ -304,7 +304,7 @@ def test_any_interleaving_keeps_every_promise(
     attempts = Counter(body for call in sqs.calls for body in call.bodies)
     assert max(attempts.values(), default=0) <= app.Publisher.MAX_ATTEMPTS
 
-    publishing.publisher.SECONDS = 60  # type: ignore[misc]
+    publishing.publisher.RETRY_SECONDS = 60  # type: ignore[misc]
     publishing.now += 1  # time for a probe
     publishing.publish()
     publishing.end_calls()

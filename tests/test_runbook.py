@@ -14,15 +14,12 @@ import boto3
 import botocore.session
 import pytest
 from botocore.exceptions import ClientError
+from commands import executable
 from fake_aws import FakeAws
+from pages import page, row_of, section
 from service import PROJECT, clean_environment
-from test_deploy import emulator
-from test_documentation import page, section
-from test_scripts import executable
 
 import app
-
-__all__ = ["emulator"]  # a fixture
 
 RUNBOOK = page("runbook")
 SOURCE = "".join((PROJECT / name).read_text("utf-8") for name in ("app.py", "tracing.py"))
@@ -80,17 +77,6 @@ ServiceUnavailable SignatureDoesNotMatch SlowDown ThrottlingException TooManyReq
 UnknownOperationException UnrecognizedClientException ValidationError
 """,
 )
-
-
-def rows_of_causes() -> list[set[str]]:
-    table = ENTRIES["queue_unavailable"].split("\n| `cause` has |")[1].split("\n\n")[0]
-    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
-    return [set(re.findall("`(.+?)`", cell)) for cell in cells]
-
-
-def row_of(cause: str) -> int | None:
-    found = (n for n, words in enumerate(rows_of_causes()) if any(word in cause for word in words))
-    return next(found, None)
 
 
 def documented() -> Iterator[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from commands import assert_one_line, environment, executable, only
 from fake_aws import TOKEN
 from service import (
     PROJECT,
@@ -31,45 +32,12 @@ from service import (
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
-def environment(*folders: Path, **more: str) -> dict[str, str]:
-    """The environment of the tests, with folders in front of its PATH, and more variables."""
-    path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, **more}
-
-
 def run(
     *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=2 * WAIT
     )
-
-
-def assert_one_line(
-    result: subprocess.CompletedProcess[str], *parts: str, status: int = 1, name: str = ""
-) -> None:
-    """The command failed, with one line on standard error."""
-    assert result.returncode == status, result
-    assert re.fullmatch(re.escape(name) + r"[^\n]+\n", result.stderr), result.stderr
-    for part in parts:
-        assert part in result.stderr
-
-
-def executable(path: Path, script: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script, "utf-8")
-    path.chmod(0o755)
-    return path
-
-
-def only(folder: Path, *commands: str) -> str:
-    """A PATH with these commands only."""
-    folder.mkdir()
-    for command in commands:
-        found = shutil.which(command)
-        assert found, command
-        (folder / command).symlink_to(found)
-    return str(folder)
 
 
 # --- python app.py --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from moto.cloudformation import cloudformation_backends
 from moto.cloudformation.parsing import clean_json
-from test_documentation import OPENAPI, page
+from pages import OPENAPI, page
 from test_manifests import HPA, NAME, SERVICE_ACCOUNT, SETTINGS
 
 import app

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import environment, executable
+from pages import table
 from service import PROJECT
-from test_documentation import table
 from test_manifests import NEWEST, OLDEST
-from test_scripts import environment, executable
 
 FILES = sorted((PROJECT / ".github" / "workflows").iterdir())
 CI, DEPLOY = (yaml.safe_load(file.read_text("utf-8")) for file in FILES)
