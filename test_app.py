@@ -221,6 +221,7 @@ def attributes_of(message: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture
 def service() -> InProcessService:
+    """The service on healthy fakes of SSM and SQS."""
     return InProcessService()
 
 

@@ -40,7 +40,7 @@ import app
 ENTRY, _ = app.Message(json.dumps(DATA), request_id="r", trace_header="Root=1-a-b").send_arguments(
     fifo=False
 )
-LONG = 30.0  # seconds, in which every wait ends
+LONG_TIMEOUT = 30.0  # seconds; no test waits that long
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     # Each search ends within its test, and no other follows.
-    monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
+    monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG_TIMEOUT)
     monkeypatch.setattr(app.Credentials, "CHECK_SECONDS", 1e6)
 
 
@@ -132,6 +132,7 @@ class Endpoint(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """An HTTP server, as AWS_ENDPOINT_URL."""
     with Endpoint() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.url)
         yield endpoint
@@ -139,36 +140,37 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def fake_aws(fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch) -> FakeAws:
+    """The fake of SSM and SQS, as AWS_ENDPOINT_URL, without latency."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", fake_aws.url)
     fake_aws.set(latency_ms=0)
     return fake_aws
 
 
-def client(service: str = "sqs", seconds: float = LONG) -> app.AwsClient:
+def client(service: str = "sqs", seconds: float = LONG_TIMEOUT) -> app.AwsClient:
     return app.AwsClient(service, REGION, app.Credentials(REGION), seconds)
 
 
-def send(sqs: Any, queue_url: str = "http://sqs/000000000000/dev-CP-queue") -> Any:
+def send_message(sqs: Any, queue_url: str = "http://sqs/000000000000/dev-CP-queue") -> Any:
     return sqs.send_message(QueueUrl=queue_url, **ENTRY)
 
 
-def read(ssm: Any) -> Any:
+def read_token(ssm: Any) -> Any:
     return ssm.get_parameters(Names=[PARAMETER], WithDecryption=True)
 
 
-def failure(call: Callable[[], Any]) -> Exception:
+def raised_by(call: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as caught:  # noqa: PT011 - of any kind
         call()
     return caught.value
 
 
-def kind_of(error: Exception) -> str:
+def error_name(error: Exception) -> str:
     return app.cause_of(error) if isinstance(error, ClientError) else type(error).__name__
 
 
-def cause(sqs: Any) -> str:
+def send_failure(sqs: Any) -> str:
     """The kind of failure of sending."""
-    return kind_of(failure(lambda: send(sqs)))
+    return error_name(raised_by(lambda: send_message(sqs)))
 
 
 def boto3_client(service: str) -> Any:
@@ -204,10 +206,10 @@ def test_every_call_is_signed_as_botocore_signs(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/b+c==")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "t" * 8000)
     sqs = client()
-    assert send(sqs) == {"MessageId": "m"}
+    assert send_message(sqs) == {"MessageId": "m"}
     sqs.send_message_batch(QueueUrl="q", Entries=[{"Id": "0", **ENTRY}])
     sqs.get_queue_attributes(QueueUrl="q", AttributeNames=["MaximumMessageSize"])
-    read(client("ssm"))
+    read_token(client("ssm"))
     assert endpoint.requests[0].headers["X-Amzn-Query-Mode"] == "true", "for its error codes"
     for request, service in zip(endpoint.requests, ("sqs", "sqs", "sqs", "ssm"), strict=True):
         authorization = request.headers["Authorization"]
@@ -290,9 +292,9 @@ def test_certificate_must_be_of_the_host_and_a_known_authority(
     with Endpoint(certificate) as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.url)
         if holds:
-            assert send(client())["MessageId"]
+            assert send_message(client())["MessageId"]
         else:
-            assert cause(client()) == "SSLError"
+            assert send_failure(client()) == "SSLError"
             assert not endpoint.requests
 
 
@@ -314,10 +316,10 @@ def test_proxy_is_used_as_boto3_uses_it(
     for sqs in (client(), boto):
         endpoint.requests.clear()
         if through:
-            assert send(sqs)["MessageId"]
+            assert send_message(sqs)["MessageId"]
             assert [r.path for r in endpoint.requests] == ["http://127.0.0.1:8/"]
         else:
-            assert cause(sqs) == "EndpointConnectionError"
+            assert send_failure(sqs) == "EndpointConnectionError"
             assert not endpoint.requests
     boto.close()
 
@@ -330,7 +332,7 @@ def test_call_over_tls_goes_through_the_proxy(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://localhost:8")
     with Endpoint(certificate, is_proxy=True) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"127.0.0.1:{proxy.server_port}")  # without a scheme
-        assert send(client())["MessageId"]
+        assert send_message(client())["MessageId"]
         assert [r.path for r in proxy.requests] == ["localhost:8", "/"]
 
 
@@ -350,9 +352,9 @@ def test_failing_proxy_is_named_without_its_password(
         rejecting.status = 407
         url = proxy.replace("TLS_PORT", str(with_tls.server_port))
         monkeypatch.setenv("HTTPS_PROXY", url.replace("PORT", str(rejecting.server_port)))
-        errors = [failure(lambda: send(client()))]
+        errors = [raised_by(lambda: send_message(client()))]
         assume_role(monkeypatch, tmp_path)  # botocore calls STS
-        errors.append(failure(lambda: send(client())))
+        errors.append(raised_by(lambda: send_message(client())))
     for detail in map(app.detail_of, errors):
         assert ("407" in detail) == ("localhost:PORT" in proxy)
         assert row_of(detail) == row_of("proxy URL")
@@ -364,7 +366,7 @@ def test_proxy_that_rejects_a_call_without_tls_is_named(monkeypatch: pytest.Monk
     with Endpoint() as proxy:
         proxy.status = 407
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
-        assert cause(client()) == "ProxyConnectionError"
+        assert send_failure(client()) == "ProxyConnectionError"
 
 
 def test_failure_behind_a_proxy_is_not_the_proxys(
@@ -373,7 +375,7 @@ def test_failure_behind_a_proxy_is_not_the_proxys(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://localhost:8")
     with Endpoint(make_certificate(tmp_path), is_proxy=True) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_port}")
-        error = failure(lambda: send(client()))
+        error = raised_by(lambda: send_message(client()))
     assert isinstance(error, SSLError)
     assert "proxy" not in app.detail_of(error)
 
@@ -392,11 +394,11 @@ def test_errors_are_those_of_boto3(fake_aws: FakeAws) -> None:
         {"status": 400, "code": "com.amazonaws.sqs#RequestThrottled"},
     ):
         fake_aws.set(faults={"*": {"kind": "error", **error}})
-        for service, call in {"sqs": send, "ssm": read}.items():
+        for service, call in {"sqs": send_message, "ssm": read_token}.items():
             boto = boto3_client(service)
-            expected = parts(failure(partial(call, boto)))
+            expected = parts(raised_by(partial(call, boto)))
             boto.close()
-            assert parts(failure(partial(call, client(service)))) == expected
+            assert parts(raised_by(partial(call, client(service)))) == expected
 
 
 def test_log_has_only_the_first_line_of_an_error() -> None:
@@ -407,7 +409,7 @@ def test_log_has_only_the_first_line_of_an_error() -> None:
 
 @pytest.mark.usefixtures("fake_aws")
 def test_missing_queue_has_its_older_code() -> None:
-    error = failure(lambda: send(client(), "http://sqs/1/nope"))
+    error = raised_by(lambda: send_message(client(), "http://sqs/1/nope"))
     assert app.cause_of(error) == "AWS.SimpleQueueService.NonExistentQueue"
     assert app.concerns_every_message(error)
 
@@ -435,8 +437,8 @@ def test_server_errors_and_throttling_in_any_spelling_are_temporary() -> None:
 )
 def test_malformed_response_has_its_cause(fake_aws: FakeAws, kind: str, name: str) -> None:
     fake_aws.set(faults={"*": {"kind": kind}})
-    error = failure(lambda: send(client()))
-    assert kind_of(error) == name
+    error = raised_by(lambda: send_message(client()))
+    assert error_name(error) == name
     assert app.is_temporary(error)
 
 
@@ -447,12 +449,12 @@ def test_malformed_response_has_its_cause(fake_aws: FakeAws, kind: str, name: st
 def test_call_ends_at_its_deadline(fake_aws: FakeAws, kind: str) -> None:
     fake_aws.set(faults={"*": {"kind": kind}})
     sqs, begin = client().with_timeout(0.3), time.monotonic()
-    error = failure(lambda: send(sqs))
-    assert time.monotonic() - begin < LONG
-    assert kind_of(error) == "ReadTimeoutError"
+    error = raised_by(lambda: send_message(sqs))
+    assert time.monotonic() - begin < LONG_TIMEOUT
+    assert error_name(error) == "ReadTimeoutError"
     assert isinstance(error, app.TIMEOUTS)
     fake_aws.set(faults={})
-    assert send(sqs.with_timeout(LONG))["MessageId"]  # on the same handle
+    assert send_message(sqs.with_timeout(LONG_TIMEOUT))["MessageId"]  # on the same handle
 
 
 class LateCurl(app.pycurl.Curl):  # type: ignore[misc]
@@ -467,7 +469,7 @@ def test_complete_response_counts_though_libcurl_reports_a_timeout(
     fake_aws: FakeAws, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app.pycurl, "Curl", LateCurl)
-    assert send(client())["MessageId"] == fake_aws.messages()[0]["message_id"]
+    assert send_message(client())["MessageId"] == fake_aws.messages()[0]["message_id"]
 
 
 def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,15 +483,15 @@ def test_connection_that_is_not_made_ends_the_call(monkeypatch: pytest.MonkeyPat
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{full.getsockname()[1]}")
-        assert cause(client()) == "ConnectTimeoutError"
-    assert time.monotonic() - begin < LONG
+        assert send_failure(client()) == "ConnectTimeoutError"
+    assert time.monotonic() - begin < LONG_TIMEOUT
 
 
 def test_message_is_sent_once_when_its_connection_dies(fake_aws: FakeAws) -> None:
     sqs = client()
-    send(sqs)  # the connection is kept
+    send_message(sqs)  # the connection is kept
     fake_aws.set(faults={"*": {"kind": "lost_response"}})
-    assert cause(sqs) == "ConnectionClosedError"
+    assert send_failure(sqs) == "ConnectionClosedError"
     assert fake_aws.calls("SendMessage") == 2
 
 
@@ -500,7 +502,7 @@ def test_read_is_tried_again_after_a_temporary_failure(fake_aws: FakeAws) -> Non
     ]:
         fake_aws.forget()
         fake_aws.set(faults={"*": fault})
-        failure(lambda: read(client("ssm")))
+        raised_by(lambda: read_token(client("ssm")))
         assert fake_aws.calls("GetParameters") == calls, fault
 
 
@@ -508,7 +510,7 @@ def test_connection_is_kept_and_made_at_the_first_call(endpoint: Endpoint) -> No
     sqs = client()
     assert not sqs._handles, "a handle does not survive the fork"
     for _ in range(3):
-        send(sqs)
+        send_message(sqs)
     assert len({request.client for request in endpoint.requests}) == 1
 
 
@@ -528,6 +530,7 @@ def assume_role(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 @pytest.fixture
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No keys in the environment, so that other sources of credentials are used."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
 
 
@@ -543,13 +546,13 @@ class HeldPause:
 
     def end(self) -> None:
         """Let the next search begin, and wait for its end."""
-        assert self._begun.acquire(timeout=LONG)
+        assert self._begun.acquire(timeout=LONG_TIMEOUT)
         self._ended.release()
-        assert self._begun.acquire(timeout=LONG)
+        assert self._begun.acquire(timeout=LONG_TIMEOUT)
         self._begun.release()
 
 
-class Process:
+class CredentialProcessClient:
     """A credential_process, and a client with its credentials."""
 
     def __init__(self, folder: Path) -> None:
@@ -558,7 +561,7 @@ class Process:
         (folder / "config").write_text(f"[default]\ncredential_process = {command}\n")
         self.pause = HeldPause()
         self.credentials = app.Credentials(REGION, self.pause)
-        self.sqs = app.AwsClient("sqs", REGION, self.credentials, LONG)
+        self.sqs = app.AwsClient("sqs", REGION, self.credentials, LONG_TIMEOUT)
 
     def print(self, key: str, **more: str) -> None:
         keys = {"Version": 1, "AccessKeyId": key, "SecretAccessKey": key, **more}
@@ -572,20 +575,20 @@ class Process:
 def test_credentials_are_searched_for_until_aws_accepts_them(
     endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    process = Process(tmp_path)
+    process = CredentialProcessClient(tmp_path)
 
     def used() -> str:
-        send(process.sqs)
+        send_message(process.sqs)
         authorization = endpoint.requests[-1].headers["Authorization"]
         return str(re.findall("Credential=(\\w+)/", authorization)[0])
 
-    assert cause(process.sqs) == "CredentialRetrievalError"
+    assert send_failure(process.sqs) == "CredentialRetrievalError"
     process.print("key")
     process.pause.end()
     known = used()
     runs = process.count()
     endpoint.rejected = (known, "AccessDeniedException")
-    assert cause(process.sqs) == "AccessDeniedException"
+    assert send_failure(process.sqs) == "AccessDeniedException"
     process.pause.end()
     assert process.count() == runs, "a permission is missing; the credentials are valid"
     for code in (
@@ -596,7 +599,7 @@ def test_credentials_are_searched_for_until_aws_accepts_them(
     ):
         process.print(f"after{code}")
         endpoint.rejected = (known, code)
-        assert cause(process.sqs) == code
+        assert send_failure(process.sqs) == code
         process.pause.end()
         known = used()
         assert known == f"after{code}"
@@ -608,7 +611,7 @@ def test_credentials_are_searched_for_until_aws_accepts_them(
 def test_known_credentials_stay_in_use_while_they_cannot_be_renewed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    process = Process(tmp_path)
+    process = CredentialProcessClient(tmp_path)
     soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=5)
     process.print("first", SessionToken="t", Expiration=soon.isoformat())
     first = process.credentials.current()
@@ -625,13 +628,13 @@ def test_known_credentials_stay_in_use_while_they_cannot_be_renewed(
 @pytest.mark.usefixtures("no_keys")
 def test_search_that_hangs_delays_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     searching = threading.Event()
-    monkeypatch.setattr(app, "aws_session", lambda _: searching.wait(LONG))
+    monkeypatch.setattr(app, "aws_session", lambda _: searching.wait(LONG_TIMEOUT))
     monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", 0.1)
     credentials, begin = app.Credentials(REGION), time.monotonic()
-    assert isinstance(failure(credentials.current), BotoCoreError)
-    monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG)
-    assert isinstance(failure(credentials.current), BotoCoreError)  # without a wait
-    assert time.monotonic() - begin < LONG
+    assert isinstance(raised_by(credentials.current), BotoCoreError)
+    monkeypatch.setattr(app.Credentials, "WAIT_SECONDS", LONG_TIMEOUT)
+    assert isinstance(raised_by(credentials.current), BotoCoreError)  # without a wait
+    assert time.monotonic() - begin < LONG_TIMEOUT
     searching.set()
 
 
@@ -646,7 +649,7 @@ def test_credential_process_has_a_time_limit(
     limit = app.CredentialProcess.LIMIT
     monkeypatch.setattr(app.CredentialProcess, "LIMIT", limit.replace(" 60", " 0.1"))
     (tmp_path / "config").write_text("[default]\ncredential_process = sh -c 'sleep 600; :'\n")
-    assert "status 124" in app.detail_of(failure(app.Credentials(REGION).current))
+    assert "status 124" in app.detail_of(raised_by(app.Credentials(REGION).current))
 
 
 @needs_setpriv
@@ -718,7 +721,7 @@ def test_cause_of_missing_credentials_is_logged_without_a_secret(
     places = {"FILE": str(tmp_path / "file"), "ENDPOINT": endpoint.url}
     for name, value in variables.items():
         monkeypatch.setenv(name, places.get(value, value))
-    detail = app.detail_of(failure(app.Credentials(REGION).current))
+    detail = app.detail_of(raised_by(app.Credentials(REGION).current))
     assert re.search(pattern, detail)
     assert "s3cr3t" not in detail
     assert row_of(detail) is not None, "the runbook has no entry"
@@ -736,5 +739,5 @@ def test_role_is_assumed_in_the_services_region(
     with Endpoint() as proxy:
         proxy.status = 407
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        failure(app.Credentials(region).current)
+        raised_by(app.Credentials(region).current)
     assert {request.path for request in proxy.requests} == {f"sts.{region}.amazonaws.com:443"}

@@ -198,6 +198,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture(scope="module")
 def state_of_first_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The state of AWS, registry and cluster after a first deployment."""
     machine = Machine(tmp_path_factory.mktemp("first"))
     machine.deploy()
     return (machine.folder / "state.json").read_text()

@@ -61,6 +61,7 @@ def end(client: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def service(start_service: StartService) -> Iterator[ServiceProcess]:
+    """Gunicorn with one worker, for the tests of this file."""
     with start_service(GUNICORN_WORKERS="1") as running:
         yield running
 

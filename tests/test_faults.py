@@ -55,6 +55,7 @@ def check_load(fake_aws: FakeAws, figures: Figures) -> Check:
 
 @pytest.fixture(scope="module")
 def shared_service(start_service: StartService) -> Iterator[ServiceProcess]:
+    """The process behind `service`."""
     with start_service() as service:
         yield service
 

@@ -62,6 +62,7 @@ def build(*options: str, folder: Path = PROJECT, **changes: str) -> str:
 
 @pytest.fixture(scope="module")
 def image() -> str:
+    """The id of the image of this checkout."""
     return build()
 
 

@@ -77,6 +77,7 @@ def foreign_configuration(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    """`python app.py` with an embedded AWS, for the tests of this file."""
     with LocalServer(tmp_path_factory.mktemp("service")) as server:
         yield server
 
@@ -258,6 +259,7 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
+    """A new folder with setup-local.sh, and its Python."""
     return Project(tmp_path)
 
 

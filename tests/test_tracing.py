@@ -126,6 +126,7 @@ def endless_body(handler: Handler, body: bytes) -> None:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
+    """A collector that takes OTLP over HTTP, and keeps the spans."""
     with Receiver() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -205,6 +206,7 @@ class Traced:
 def traced(
     receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Iterator[Traced]:
+    """The service in this process; it sends each request's spans to the receiver."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_on")
     caplog.set_level(logging.INFO)
