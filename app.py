@@ -547,7 +547,7 @@ def read_body(request: Request, limit: int) -> bytes:
     Raises ApiError: request_too_large, request_timeout, overloaded, or invalid_json for a truncated
     body.
     """
-    if error := request.environ.get("worker.error"):  # worker.py did not receive the body
+    if error := request.environ.get("worker.error"):  # worker.py has dropped the body
         raise error
     # Another server than worker.py gives the application every body.
     declared, body = request.content_length or 0, b""
@@ -667,8 +667,8 @@ def check_json_limits(body: bytes) -> None:
         raise ApiError("invalid_json", message)
 
 
-# Text from a character beyond ASCII on, in parts of less than 1 MiB. A part ends at a control
-# character: in JSON, these are only between strings, and check_json_limits limits the strings.
+# A character beyond ASCII, and up to 99,999 characters behind it, without control characters. Valid
+# JSON has these only outside of strings, so check_json_limits also limits the matches.
 _not_ascii = re.compile(r"[^\x00-\x7f][^\x00-\x1f]{,99999}")
 
 
@@ -1013,16 +1013,16 @@ class Pending:
 class Publisher:
     """Sends messages to the queue. Messages that arrive together share a call (group commit).
 
-    A call costs nearly the same for ten messages as for one. While SMALL_BATCH_CALLS calls are in
-    flight, messages wait, and go together in the next call. Only ten waiting messages start a
-    further call, up to SQS_CALLS_IN_FLIGHT. No timer delays a message. With one call instead of
-    two, a slow call would delay every other message; with three, batches would be smaller.
+    A call costs nearly the same for ten messages as for one. Up to SMALL_BATCH_CALLS calls start at
+    once, without a timer. Beyond that, messages wait, and share the next call; further calls, up to
+    SQS_CALLS_IN_FLIGHT, start only when ten messages wait. With one call instead of two, a slow
+    call would delay every other message; with three, batches would be smaller.
 
-    The circuit opens when a call times out and no other call got a response in that time, or when
-    FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is open, messages
-    fail at once with queue_unavailable. One call at a time is a probe, with a shorter timeout: the
-    first starts at once, the next with a message that arrives PROBE_SECONDS after the last. A valid
-    response closes the circuit, unless its status is a 5xx or throttling.
+    The circuit of a worker opens when a call times out and no other call got a response in that
+    time, or when FAILURES_TO_OPEN calls in a row fail with a temporary error. While the circuit is
+    open, messages fail at once with queue_unavailable, except those of a probe: one call at a time,
+    with a shorter timeout. The first probe may start at once, a later one PROBE_SECONDS after the
+    end of the last. A valid response closes the circuit, unless its status is a 5xx or throttling.
 
     A worker sends the messages of a FIFO queue in the order of their arrival, except that a retried
     message comes after the other messages of its batch. A client that waits for each response keeps
@@ -1242,8 +1242,7 @@ class Publisher:
     def _may_retry(self, pending: Pending, error: Exception, has_call_failed: bool) -> bool:
         """Whether to send a message again. The caller holds the lock.
 
-        The messages of the call that opens the circuit are retried, as the first probe. Those of a
-        failed probe are not.
+        The call that opens the circuit is retried, as the first probe. A failed probe is not.
         """
         can_succeed = is_temporary(error) or (has_call_failed and not concerns_every_message(error))
         return (

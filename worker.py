@@ -33,8 +33,9 @@ import app
 MAX_HEAD_BYTES = 65_536  # the ALB's limit for all headers together
 MAX_CHUNKS = 10_000  # Gunicorn's parser takes about 3 us for each
 MAX_CHUNK_LINE_BYTES = 8190  # of Gunicorn's parser
-# Of a pod's requests before a thread handles them. Each worker gets an equal share, or room for one
-# request of the maximum size. A pod has 512 MiB, and idle workers take 120 MiB.
+# The memory of a pod for requests that are incomplete, or wait for a thread. Each worker gets an
+# equal share, but at least one request of the maximum size. A pod has 512 MiB; idle workers take
+# 120 MiB.
 MAX_RECEIVED_BYTES = 96 * 2**20
 LINGER_SECONDS = 2.0  # wait for a client to close, or to send its next request during a stop
 SWEEP_SECONDS = 0.1  # between two checks of all deadlines
@@ -72,7 +73,7 @@ class ReceivedRequest:
         """Whether the request is fully received, or is malformed or too large."""
         if not self._body_start:
             end = self.data.find(b"\r\n\r\n")
-            if end < 0:
+            if not 0 <= end <= MAX_HEAD_BYTES:
                 return self._is_head_invalid()
             self._body_start = self._chunk_start = end + 4
             self._read_framing()
@@ -184,14 +185,14 @@ class Connection:
         self.unsent.append(memoryview(data))
 
     def send(self, data: bytes) -> int:
-        """Do nothing: Gunicorn sends only "100 Continue" here, and the event loop has sent that."""
+        """Do nothing: Gunicorn sends only "100 Continue" here, which the event loop sends."""
         return len(data)
 
 
 class Worker(base.Worker):  # type: ignore[misc]
-    """Up to `send` and `linger`, the event loop calls the methods; request threads call the rest.
+    """Up to `linger`, only the event loop calls the methods, except set_received_bytes.
 
-    Both call set_received_bytes, which has a lock.
+    Request threads, and the threads that complete responses, call the rest.
     """
 
     def init_process(self) -> None:

@@ -258,6 +258,7 @@ MALFORMED = {
     "too long a request line": request_head("GET", "/" + "x" * 9000),
     "too long a header": request_head("GET", "/health", "A: " + "x" * 20_000),
     "too long a head": b"GET /health HTTP/1.1\r\n" + b"A: b\r\n" * 12_000,
+    "too long headers together": request_head("GET", "/health", *["A: " + "x" * 1000] * 90),
 }
 
 
