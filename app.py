@@ -369,16 +369,15 @@ class Service(Flask):
         is_probe = path in ("/health", "/ready", "/metrics")
         level = logging.ERROR if status >= 500 else logging.DEBUG if is_probe else logging.INFO
         if log.isEnabledFor(level):
-            line = {
-                **log_fields,
+            line = {name: value for name, value in log_fields.items() if value is not None}
+            line |= {
                 "method": environ["REQUEST_METHOD"],
                 "path": path,
                 "client": client,
                 "status": status,
                 "duration_ms": round(duration * 1000, 2),
             }
-            extra = {name: value for name, value in line.items() if value is not None}
-            log.log(level, "request", extra=extra)
+            log.log(level, "request", extra=line)
         if exchange.spans:
             self.tracing.end(exchange, status, client)
         return response
@@ -1200,7 +1199,7 @@ class Publisher:
         in_time = [pending for pending in batch if began < pending.deadline]
         retries = list[Pending]()
         failed: dict[tuple[str, bool], list[Pending]] = {}  # by (cause, whether to retry)
-        if late := [pending for pending in batch if pending not in in_time]:
+        if late := [pending for pending in batch if began >= pending.deadline]:
             failed["out of time", False] = late
         if in_time:
             is_probe = batch is self._probe_batch
@@ -1218,8 +1217,12 @@ class Publisher:
                     if isinstance(result, str):
                         outcomes[pending] = result
                         continue
-                    pending.send_separately |= has_call_failed and not is_temporary(result)
-                    retry = self._may_retry(pending, result, has_call_failed)
+                    temporary = is_temporary(result)
+                    pending.send_separately |= has_call_failed and not temporary
+                    can_succeed = temporary or (
+                        has_call_failed and not concerns_every_message(result)
+                    )
+                    retry = can_succeed and self._may_retry(pending)
                     failed.setdefault((detail_of(result), retry), []).append(pending)
                 cause = next(iter(failed), ("", False))[0]
                 if self._update_circuit(label, began, cause):
@@ -1239,15 +1242,13 @@ class Publisher:
                 log.error("messages not sent", extra=extra)
         return sorted(retries, key=batch.index)
 
-    def _may_retry(self, pending: Pending, error: Exception, has_call_failed: bool) -> bool:
-        """Whether to send a message again. The caller holds the lock.
+    def _may_retry(self, pending: Pending) -> bool:
+        """Whether circuit, attempts and time allow a retry. The caller holds the lock.
 
         The call that opens the circuit is retried, as the first probe. A failed probe is not.
         """
-        can_succeed = is_temporary(error) or (has_call_failed and not concerns_every_message(error))
         return (
-            can_succeed
-            and not self._open
+            not self._open
             and pending.delivery.attempts < self.MAX_ATTEMPTS
             and self._clock() < pending.deadline
         )
@@ -1402,10 +1403,11 @@ class AwsClient:
     def _call(self, target: str, arguments: dict[str, Any], attempts: int = 1) -> dict[str, Any]:
         """Make the call. After a temporary error, call again until the attempts or the time end."""
         deadline = time.monotonic() + self._seconds
+        body = json.dumps(arguments).encode()
         while True:
             attempts -= 1
             try:
-                return self._attempt(target, json.dumps(arguments).encode(), deadline)
+                return self._attempt(target, body, deadline)
             except Exception as error:
                 if not attempts or not is_temporary(error) or time.monotonic() >= deadline:
                     raise
